@@ -1,0 +1,295 @@
+"""
+A host's datasets become one dataset of training rows: ordinary rows by the host itself, safety records by DeRTa.
+
+The host says how it tokenises an ordinary group (`host_rows`); everything else here is the same in every host.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+
+from derta_plugins.adapters.row_datasets import (
+    TOKENIZED,
+    BuildRows,
+    ResampledRows,
+    as_row_stream,
+    as_rows,
+    build_dataset,
+    columns_of,
+    concatenate,
+    is_streaming,
+    tokenize_records,
+)
+from derta_plugins.core.config import ConfigError, DeRTaConfig
+from derta_plugins.core.records import (
+    HELPFUL_FORMATS,
+    KNOWN_COLUMNS,
+    BadRecordError,
+    present_columns,
+    record_kind,
+)
+from derta_plugins.core.refusal_token import AUTO, RefusalToken, auto_refusal_token, resolve_refusal_token, warn_if_rare
+
+logger = logging.getLogger(__name__)
+
+SAFETY_COLUMNS = KNOWN_COLUMNS - frozenset().union(*HELPFUL_FORMATS.values())
+"""A dataset with one of these is read record by record; without, it is ordinary and its host's own."""
+
+
+_STREAM_PEEK = 1000
+
+AnyDataset = Dataset | IterableDataset
+
+
+@dataclass
+class RowCounts:
+    """What a training set was made of. `skipped` counts the left-out records by field and reason."""
+
+    triples: int = 0
+    mle_rows: int = 0
+    rto_rows: int = 0
+    helpful_rows: int = 0
+    boundary_rows: int = 0
+    truncated_rows: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        parts = [f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items() if name != "skipped"]
+        skipped = "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
+        return ", ".join(parts) + (f"; skipped records: {skipped}" if skipped else "; no record skipped")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """
+    How one dataset is prepared; see `prepare`.
+
+    Attributes:
+        config: DeRTa's knobs.
+        tokenizer: The run's tokenizer.
+        host_rows: Turns a group of ordinary records into rows with `input_ids` and `labels`, as the host does.
+        max_length: Longest row, or None.
+        safety_probability: Streams: share of safety rows.
+        num_proc: Processes for tokenising.
+    """
+
+    config: DeRTaConfig
+    tokenizer: Any
+    host_rows: Callable[[AnyDataset], AnyDataset]
+    max_length: int | None
+    safety_probability: float
+    num_proc: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows, the RTO target they were built with (None without safety records), and what they were made of."""
+
+    rows: AnyDataset | ResampledRows
+    target: RefusalToken | None
+    counts: RowCounts
+
+
+def prepare(
+    how: Preparation,
+    dataset: AnyDataset,
+    *,
+    safety: AnyDataset | None = None,
+    boundary: Dataset | None = None,
+    target: RefusalToken | None = None,
+    resample: bool = False,
+) -> Prepared:
+    """
+    Training rows of `dataset` (ordinary rows, safety records, or both), `safety` and `boundary` together.
+
+    Args:
+        how: Settings of the run.
+        dataset: Records of any kind.
+        safety: Safety records only.
+        boundary: Benign look-alikes, ordinary rows.
+        target: RTO target to use; None resolves it from the safety records.
+        resample: Return rows whose draws are made anew every epoch, if there are safety records.
+
+    Raises:
+        BadRecordError: If a record cannot be trained safely and `on_bad_record` is `error`.
+        ValueError: If there are no rows, or the datasets cannot be mixed; says what to do.
+    """
+    counts = RowCounts()
+    ordinary, triples = _read_groups(how, dataset, safety, counts)
+    if boundary is not None:
+        ordinary.append(_boundary_rows(how, boundary, sum(map(_length, triples)), counts))
+    if not triples:
+        return Prepared(_join(ordinary), None, counts)
+    tokenized = concatenate_datasets(triples) if len(triples) > 1 else triples[0]
+    if not is_streaming(tokenized) and len(tokenized) == 0:
+        raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
+    target = target or resolve_target(tokenized, how.tokenizer, how.config)
+    build = BuildRows(how.config, target.id, how.max_length)
+    counts.triples += _length(tokenized)
+    if any(map(is_streaming, (tokenized, *ordinary))):
+        if resample:
+            raise ConfigError("`resample_each_epoch` needs datasets in memory: a stream is not told its epoch.")
+        return Prepared(_interleave(how, ordinary, build_dataset(tokenized, build)), target, counts)
+    rows = build_dataset(tokenized, build, num_proc=how.num_proc)
+    _count_rows(rows, counts)
+    if resample:
+        return Prepared(ResampledRows(_join(ordinary) if ordinary else None, tokenized, build), target, counts)
+    return Prepared(_join([*ordinary, rows]), target, counts)
+
+
+def split_by_format(
+    dataset: AnyDataset, config: DeRTaConfig, skipped: Counter[str]
+) -> dict[frozenset[str], AnyDataset]:
+    """
+    Sub-datasets of one record format each, keyed by the known columns they use; foreign known columns are removed.
+
+    A dataset without safety columns is one group under the empty key: it is its host's to read. A stream cannot be
+    split; its first record tells the format of all, and a later one of another format is a bad record.
+
+    Raises:
+        BadRecordError: If a record fits no format and `on_bad_record` is `error`.
+    """
+    columns = columns_of(dataset)
+    if not SAFETY_COLUMNS & set(columns):
+        return {frozenset(): dataset}
+    if is_streaming(dataset):
+        record_kind(first := next(iter(dataset)))
+        return {present_columns(first): dataset}
+    known = [name for name in columns if name in KNOWN_COLUMNS]
+    places: dict[frozenset[str], list[int]] = {}
+    for index, record in enumerate(dataset.select_columns(known)):
+        try:
+            record_kind(record)
+        except BadRecordError as error:
+            _skip_or_raise(error.at(index), config, skipped)
+        else:
+            places.setdefault(present_columns(record), []).append(index)
+    return {
+        format_columns: dataset.select(indices).remove_columns([name for name in known if name not in format_columns])
+        for format_columns, indices in places.items()
+    }
+
+
+def resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
+    """
+    The RTO target for these records, with the share of safe responses that begin with it (of a stream: of the first
+    1000 records).
+
+    Raises:
+        RefusalTokenError: If `refusal_text` is not one token.
+    """
+    peek = tokenized.take(_STREAM_PEEK) if is_streaming(tokenized) else tokenized
+    first_ids = [record[TOKENIZED]["chosen_ids"][0] for record in peek if record[TOKENIZED]["chosen_ids"]]
+    if config.refusal_text == AUTO:
+        token = auto_refusal_token(tokenizer, first_ids)
+    else:
+        named = resolve_refusal_token(tokenizer, config.refusal_text, allow_first_piece=config.allow_first_piece)
+        share = first_ids.count(named.id) / len(first_ids) if first_ids else None
+        token = RefusalToken(named.id, named.text, named.mid_answer_id, share)
+    warn_if_rare(token)
+    return token
+
+
+def _read_groups(
+    how: Preparation, dataset: AnyDataset, safety: AnyDataset | None, counts: RowCounts
+) -> tuple[list[AnyDataset], list[AnyDataset]]:
+    """Ordinary rows, and tokenised safety records, of both datasets."""
+    ordinary: list[AnyDataset] = []
+    triples: list[AnyDataset] = []
+    for records in [dataset] if safety is None else [dataset, safety]:
+        for columns, group in split_by_format(records, how.config, counts.skipped).items():
+            if SAFETY_COLUMNS & columns:
+                options = {"max_length": how.max_length, "skipped": counts.skipped, "num_proc": how.num_proc}
+                triples.append(tokenize_records(group, how.tokenizer, how.config, **options))
+            elif records is safety:
+                raise ValueError("`safety_dataset` holds ordinary rows, no triples; give those as `train_dataset`.")
+            else:
+                ordinary.append(_host_rows(how, group))
+                counts.helpful_rows += _length(ordinary[-1])
+    return ordinary, triples
+
+
+def _host_rows(how: Preparation, group: AnyDataset) -> AnyDataset:
+    columns = columns_of(group)
+    if "input_ids" in columns and "labels" not in columns:
+        raise ValueError(
+            "A tokenised dataset has `input_ids` but no `labels`, so every token of it would be trained. Add `labels` "
+            "(-100 where nothing is trained), or give the records as text."
+        )
+    return as_rows(how.host_rows(group))
+
+
+def _boundary_rows(how: Preparation, boundary: AnyDataset, num_triples: int, counts: RowCounts) -> Dataset:
+    if is_streaming(boundary):
+        raise ValueError("`boundary_dataset` must be in memory; mix a stream into `train_dataset` instead.")
+    if SAFETY_COLUMNS & set(columns_of(boundary)):
+        raise ValueError("`boundary_dataset` must hold benign prompts with helpful answers, got safety records.")
+    rows = _host_rows(how, _sample_boundary(boundary, how.config, num_triples))
+    counts.boundary_rows += len(rows)
+    return rows
+
+
+def _sample_boundary(dataset: Dataset, config: DeRTaConfig, num_triples: int) -> Dataset:
+    """
+    `boundary_ratio` benign look-alikes per triple, drawn with the seed; all of them when it is None.
+
+    Raises:
+        ValueError: If there are fewer than asked for.
+    """
+    if config.boundary_ratio is None:
+        return dataset
+    wanted = round(config.boundary_ratio * num_triples)
+    if wanted > len(dataset):
+        raise ValueError(
+            f"boundary_ratio={config.boundary_ratio:g} asks for {wanted} boundary rows ({num_triples} triples), got "
+            f"{len(dataset)}. Give more, lower the ratio, or leave it out to take all."
+        )
+    return dataset.shuffle(seed=config.seed).select(range(wanted))
+
+
+def _join(parts: list[AnyDataset]) -> AnyDataset:
+    if not parts:
+        raise ValueError("No row is left to train on.")
+    if any(map(is_streaming, parts)):
+        if len(parts) > 1:
+            raise ValueError("Several streams of ordinary rows: mix them with `datasets.interleave_datasets` first.")
+        return parts[0]
+    return concatenate(parts)
+
+
+def _interleave(how: Preparation, ordinary: list[AnyDataset], safety: AnyDataset) -> IterableDataset:
+    """Both kinds in one stream, drawn with the seed; the shorter one starts again until both are through."""
+    if not ordinary:
+        return as_row_stream(safety)
+    share = how.safety_probability
+    return interleave_datasets(
+        [as_row_stream(_join(ordinary)), as_row_stream(safety)],
+        probabilities=[1 - share, share],
+        seed=how.config.seed,
+        stopping_strategy="all_exhausted",
+    )
+
+
+def _count_rows(rows: Dataset, counts: RowCounts) -> None:
+    """Add the rows of triples to `counts`."""
+    objectives = Counter(rows["objective"][:])
+    counts.mle_rows += objectives["mle"]
+    counts.rto_rows += objectives["rto"]
+    counts.truncated_rows += sum(cut > 0 for cut in rows["num_truncated"][:])
+
+
+def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[str]) -> None:
+    if config.on_bad_record == "error":
+        raise error
+    skipped[f"`{error.field}` {error.reason}"] += 1
+
+
+def _length(dataset: AnyDataset) -> int:
+    """Records of a dataset; 0 for a stream, which does not know."""
+    return 0 if is_streaming(dataset) else len(dataset)

@@ -1,0 +1,245 @@
+"""
+Safety records in a `datasets` dataset become training rows, in memory or streaming: tokenise, then build.
+
+Rows have the columns `input_ids`, `labels`, `rto_mask`. Shared by the adapters, whose hosts all bring `datasets`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+
+from derta_plugins.core.chat import RecordTokenizer, TokenizedAuthorsRow, TokenizedTriple
+from derta_plugins.core.config import DeRTaConfig
+from derta_plugins.core.records import (
+    BadRecordError,
+    Triple,
+    parse_record,
+)
+from derta_plugins.core.transform import Row, build_authors_row, build_rows, has_rto_row
+
+logger = logging.getLogger(__name__)
+
+ROW_COLUMNS = ("input_ids", "labels", "rto_mask")
+TOKENIZED = "derta_tokenized"
+_IDS, _LABELS = List(Value("int32")), List(Value("int64"))
+# Written out: inferred types would follow the first records, whose lists may all be empty.
+_TOKENIZED_FEATURES = Features(
+    {
+        TOKENIZED: {
+            "prompt_ids": _IDS,
+            "chosen_ids": _IDS,
+            "rejected_ids": _IDS,
+            "end_ids": _IDS,
+            "word_ends": _IDS,
+            "earlier_turns": List(_IDS),
+            "is_authors_row": Value("bool"),
+            "is_authors_rto": Value("bool"),
+        },
+        "index": Value("int64"),
+        "skipped": Value("string"),
+    }
+)
+_ROW_FEATURES = Features({"input_ids": _LABELS, "labels": _LABELS, "rto_mask": List(Value("bool"))})
+_BUILT_FEATURES = Features({**_ROW_FEATURES, "objective": Value("string"), "num_truncated": Value("int32")})
+
+
+def is_streaming(dataset: Any) -> bool:
+    """Whether `dataset` is read lazily."""
+    return isinstance(dataset, IterableDataset)
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """Column names; a stream that does not know them is asked for its first record."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def tokenize_records(
+    dataset: Dataset | IterableDataset,
+    tokenizer: Any,
+    config: DeRTaConfig,
+    *,
+    max_length: int | None,
+    skipped: Counter[str],
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Safety records as token ids, in one private column that no model and no collator takes for input.
+
+    Raises:
+        BadRecordError: If a record is bad and `on_bad_record` is `error`.
+    """
+    tokenize = _TokenizeRecord(RecordTokenizer.for_config(tokenizer, config), config, max_length)
+    columns = columns_of(dataset)
+    if is_streaming(dataset):
+        stream = dataset.map(tokenize, with_indices=True, remove_columns=columns, features=_TOKENIZED_FEATURES)
+        return stream.filter(_keep_and_say_skipped)
+    tokenized = dataset.map(
+        tokenize,
+        with_indices=True,
+        remove_columns=columns,
+        features=_TOKENIZED_FEATURES,
+        num_proc=num_proc,
+        desc="Tokenizing safety records",
+    )
+    reasons = tokenized["skipped"][:]
+    skipped.update(reason for reason in reasons if reason)
+    return tokenized.select([place for place, reason in enumerate(reasons) if not reason])
+
+
+def build_dataset(
+    tokenized: Dataset | IterableDataset, build: BuildRows, *, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Training rows of tokenised records, drawn once (epoch 0)."""
+    options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(tokenized), "features": _BUILT_FEATURES}
+    if is_streaming(tokenized):
+        return tokenized.map(build, **options)
+    return tokenized.map(build, num_proc=num_proc, desc="Building DeRTa rows", **options)
+
+
+@dataclass(frozen=True)
+class BuildRows:
+    """Maps tokenised records to rows. Picklable, and hashed with its knobs into the cache key of `datasets`."""
+
+    config: DeRTaConfig
+    refusal_token_id: int
+    max_length: int | None
+
+    def rows(self, tokenized: Mapping[str, Any], index: int, epoch: int = 0) -> list[Row]:
+        """Rows of one tokenised record."""
+        options = {"refusal_token_id": self.refusal_token_id, "max_length": self.max_length}
+        return _build(tokenized, self.config, index=index, epoch=epoch, **options)
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        records = zip(batch[TOKENIZED], batch["index"], strict=True)
+        rows = [row for record, index in records for row in self.rows(record, index)]
+        return {name: [getattr(row, name) for row in rows] for name in _BUILT_FEATURES}
+
+
+class ResampledRows(torch.utils.data.Dataset):
+    """
+    Ordinary rows, and rows of triples whose draws are made anew in every epoch, when they are read.
+
+    The epoch lives in shared memory, so loader workers see it change, persistent ones too. A row depends on seed, epoch
+    and record index alone: an interrupted epoch goes on with the rows it would have had.
+    """
+
+    def __init__(self, ordinary: Dataset | None, tokenized: Dataset, build: BuildRows) -> None:
+        self._ordinary, self._tokenized, self._build = ordinary, tokenized, build
+        self._num_ordinary = 0 if ordinary is None else len(ordinary)
+        self._slots = [(place, slot) for place in range(len(tokenized)) for slot in range(self._rows_of(place))]
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def _rows_of(self, place: int) -> int:
+        record = self._tokenized[place]
+        if record[TOKENIZED]["is_authors_row"]:
+            return 1
+        return self._build.config.num_prefixes + has_rto_row(self._build.config, record["index"])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for `epoch` from now on."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return self._num_ordinary + len(self._slots)
+
+    def __getitem__(self, place: int) -> dict[str, list[int]]:
+        if place < 0:
+            place += len(self)
+        if place < self._num_ordinary:
+            row = self._ordinary[place]
+            return {name: row[name] for name in ROW_COLUMNS}
+        record_place, slot = self._slots[place - self._num_ordinary]
+        record = self._tokenized[record_place]
+        row = self._build.rows(record[TOKENIZED], record["index"], int(self._epoch))[slot]
+        return {name: getattr(row, name) for name in ROW_COLUMNS}
+
+
+def as_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The host's own labelled rows: `rto_mask` is filled in (no RTO) or cut as the host cut the rest."""
+    return dataset.map(_match_rto_mask).select_columns(list(ROW_COLUMNS))
+
+
+def as_row_stream(dataset: Dataset | IterableDataset) -> IterableDataset:
+    """Rows as a stream with the three row columns."""
+    stream = dataset if is_streaming(dataset) else dataset.to_iterable_dataset()
+    return stream.select_columns(list(ROW_COLUMNS)).cast(_ROW_FEATURES)
+
+
+def concatenate(parts: list[Dataset]) -> Dataset:
+    """One dataset of rows; their integer widths are made one, as hosts differ in them."""
+    return concatenate_datasets([part.select_columns(list(ROW_COLUMNS)).cast(_ROW_FEATURES) for part in parts])
+
+
+@dataclass(frozen=True)
+class _TokenizeRecord:
+    tokenizer: RecordTokenizer
+    config: DeRTaConfig
+    max_length: int | None
+
+    def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            tokenized, reason = self._tokenize(record, index), ""
+        except BadRecordError as error:
+            if self.config.on_bad_record == "error":
+                raise error.at(index) from error
+            tokenized, reason = _EMPTY, f"`{error.field}` {error.reason}"
+        return {TOKENIZED: tokenized, "index": index, "skipped": reason}
+
+    def _tokenize(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
+        parsed = parse_record(record)
+        if parsed is None:
+            raise BadRecordError(
+                "record", "is an ordinary row in a stream of safety records; give it as its own dataset."
+            )
+        if isinstance(parsed, Triple):
+            tokenized = {**_EMPTY, **asdict(self.tokenizer.triple(parsed))}
+        else:
+            row = self.tokenizer.authors_row(parsed)
+            tokenized = {**_EMPTY, "prompt_ids": row.prefix_ids, "rejected_ids": row.text_ids, "is_authors_row": True}
+            tokenized["is_authors_rto"] = row.is_rto
+            if not row.is_rto:
+                tokenized["chosen_ids"], tokenized["rejected_ids"] = row.text_ids, ()
+        # what cannot be built is told here, where bad records are counted; id 0 stands for any refusal token
+        _build(tokenized, self.config, index=index, epoch=0, refusal_token_id=0, max_length=self.max_length)
+        return tokenized
+
+
+_EMPTY: dict[str, Any] = {
+    "prompt_ids": (),
+    "chosen_ids": (),
+    "rejected_ids": (),
+    "end_ids": (),
+    "word_ends": (),
+    "earlier_turns": (),
+    "is_authors_row": False,
+    "is_authors_rto": False,
+}
+
+
+def _build(tokenized: Mapping[str, Any], config: DeRTaConfig, **options: Any) -> list[Row]:
+    if tokenized["is_authors_row"]:
+        is_rto = tokenized["is_authors_rto"]
+        text_ids = tokenized["rejected_ids"] if is_rto else tokenized["chosen_ids"]
+        return build_authors_row(TokenizedAuthorsRow(tokenized["prompt_ids"], text_ids, is_rto), config, **options)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "end_ids", "word_ends", "earlier_turns")
+    return build_rows(TokenizedTriple(**{name: tokenized[name] for name in names}), config, **options)
+
+
+def _keep_and_say_skipped(record: Mapping[str, Any]) -> bool:
+    """Filter of a stream that keeps good records and says each bad one as it passes."""
+    if record["skipped"]:
+        logger.warning("Skipped record %d: %s", record["index"], record["skipped"])
+    return not record["skipped"]
+
+
+def _match_rto_mask(row: Mapping[str, Any]) -> dict[str, list[bool]]:
+    length = len(row["input_ids"])
+    mask = row.get("rto_mask")
+    return {"rto_mask": [False] * length if mask is None else mask[:length]}

@@ -1,0 +1,396 @@
+"""
+DeRTa in TRL: `DeRTaSFTTrainer` and `DeRTaSFTConfig`, drop-ins for `SFTTrainer` and `SFTConfig`.
+
+What is ours: safety records become rows, a collator carries `rto_mask`, and the loss is reduced by `derta_loss`. All
+else (model loading, PEFT, ordinary rows, packing, the fused LM head, metrics, checkpoints) is TRL's own code.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from packaging.version import Version
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from derta_plugins.adapters import row_datasets
+from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
+from derta_plugins.adapters.row_datasets import ROW_COLUMNS, ResampledRows
+from derta_plugins.core.config import (
+    ConfigError,
+    DeRTaConfig,
+    Method,
+    Normalization,
+    OnBadRecord,
+    PrefixUnit,
+    RTOTurns,
+)
+from derta_plugins.core.losses import count_targets, derta_loss, loss_components
+from derta_plugins.hookspecs import Adapter, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from derta_plugins.core.losses import DeRTaLoss
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TESTED, NEWEST_TESTED = "1.15.0", "1.16.0"
+
+# 1.15 is the first release whose SFTTrainer asks the model for per-token log-probabilities (`fused_lm_head`).
+if Version(trl.__version__) < Version(OLDEST_TESTED):
+    raise ImportError(f"trl>={OLDEST_TESTED} is needed, got {trl.__version__}: pip install -U 'derta-plugins[trl]'")
+
+
+@hookimpl
+def derta_adapter() -> Adapter:
+    """TRL, for `derta doctor`."""
+    how = "from derta_plugins.adapters.trl import DeRTaSFTConfig, DeRTaSFTTrainer"
+    return Adapter("trl", "trl", OLDEST_TESTED, NEWEST_TESTED, how)
+
+
+def _knob(name: str, help_text: str) -> Any:
+    """Dataclass field with the default that `DeRTaConfig` has."""
+    return field(default=getattr(DeRTaConfig, name), metadata={"help": help_text})
+
+
+@dataclass
+class DeRTaSFTConfig(SFTConfig):
+    """
+    `SFTConfig` with the knobs of `DeRTaConfig`, whose docstring explains them.
+
+    The draws' seed is `data_seed`, or `seed` where that is not set. `safety_probability` is for streams alone.
+    """
+
+    method: Method = _knob("method", "'derta', or a baseline from the same triples: 'vanilla', 'recaug'.")
+    refusal_text: str = _knob("refusal_text", "Text of the RTO target; 'auto' takes what safe responses begin with.")
+    allow_first_piece: bool = _knob("allow_first_piece", "Take the first piece of a refusal text of several tokens.")
+    apply_chat_template: bool = _knob("apply_chat_template", "Put plain-text triples into the chat template.")
+    prefix_unit: PrefixUnit = _knob("prefix_unit", "What the length of the harmful prefix counts: 'token', 'word'.")
+    zero_prefix_ratio: float | None = _knob("zero_prefix_ratio", "Share of MLE rows without a harmful prefix.")
+    num_prefixes: int = _knob("num_prefixes", "MLE rows per triple.")
+    rto_ratio: float = _knob("rto_ratio", "Share of triples that give an RTO row.")
+    rto_keep_ratio: float = _knob("rto_keep_ratio", "Share of the RTO positions that keep their target.")
+    rto_turns: RTOTurns = _knob("rto_turns", "'last', or 'all' for RTO on earlier assistant turns too.")
+    resample_each_epoch: bool = _knob("resample_each_epoch", "Draw prefixes and kept positions anew every epoch.")
+    normalization: Normalization = _knob("normalization", "'token_mean', 'sequence_sum' or 'component_mean'.")
+    rto_weight: float = _knob("rto_weight", "Weight of the RTO positions.")
+    boundary_ratio: float | None = _knob("boundary_ratio", "Benign look-alike rows per triple; all when not set.")
+    on_bad_record: OnBadRecord = _knob("on_bad_record", "'error', or 'skip' to drop, count and report bad records.")
+    safety_probability: float = field(
+        default=6000 / 66000,
+        metadata={"help": "Streams: share of safety rows. The authors mixed 6 K of them with 60 K helpful rows."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.derta_config()
+        for name, value, wanted, why in self._conflicts():
+            raise ConfigError(f"`{name}` must be {wanted} with DeRTa, got {value!r}: {why}.")
+
+    def derta_config(self) -> DeRTaConfig:
+        """The DeRTa knobs, checked."""
+        names = [knob.name for knob in fields(DeRTaConfig) if knob.name != "seed"]
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return DeRTaConfig(seed=seed, **{name: getattr(self, name) for name in names})
+
+    def _conflicts(self) -> list[tuple[str, Any, str, str]]:
+        """Host settings under which loss or rows would not be what they say: name, value, what it must be, why."""
+        skips = (self.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+        checks = {
+            "loss_type": (self.loss_type == "nll", "'nll'", "another loss replaces DeRTa's"),
+            "label_smoothing_factor": (not self.label_smoothing_factor, "0", "smoothing replaces DeRTa's loss"),
+            "average_tokens_across_devices": (
+                self.average_tokens_across_devices,
+                "True",
+                "targets must be counted over all ranks",
+            ),
+            "remove_unused_columns": (self.remove_unused_columns, "True", "record columns must not reach the model"),
+            "truncation_mode": (self.truncation_mode == "keep_start", "'keep_start'", "it would cut prompts off"),
+            "packing_strategy": (
+                not self.packing or self.packing_strategy == "bfd",
+                "'bfd'",
+                "the others cut a refusal off its context",
+            ),
+            "packing": (
+                not (self.packing and self.resample_each_epoch),
+                "False",
+                "`resample_each_epoch` changes the lengths of rows",
+            ),
+            "safety_probability": (0 < self.safety_probability < 1, "in (0, 1)", "it is a share of rows"),
+            "dataset_kwargs": (
+                not skips,
+                "without `skip_prepare_dataset`",
+                "tokenised datasets with `labels` are used as they are anyway",
+            ),
+        }
+        return [(name, getattr(self, name), wanted, why) for name, (fine, wanted, why) in checks.items() if not fine]
+
+
+class DeRTaDataCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also pads or flattens `rto_mask`. Rows without final labels are refused."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batch with `rto_mask` (B, S) bool beside `labels`."""
+        for example in examples:
+            missing = [name for name in ROW_COLUMNS if name not in example]
+            if missing:
+                raise ValueError(
+                    f"A row lost {missing} before batching; it has {sorted(example)}. DeRTa trains final labels only: "
+                    "keep the columns input_ids, labels and rto_mask."
+                )
+        batch = super().torch_call(examples)
+        masks = [torch.as_tensor(example["rto_mask"], dtype=torch.bool) for example in examples]
+        if self.padding_free:
+            masks = [torch.cat(masks)]
+        batch["rto_mask"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        for row, mask in zip(batch["rto_mask"], masks, strict=True):
+            row[: len(mask)] = mask
+        return batch
+
+
+class DeRTaSFTTrainer(SFTTrainer):
+    """
+    `SFTTrainer` that trains safety triples with DeRTa, beside ordinary rows.
+
+    Args:
+        model: As in `SFTTrainer`: a path, a name, or a model.
+        args: `DeRTaSFTConfig`.
+        train_dataset: Ordinary rows in any format of `SFTTrainer`, safety records (see `core.records`), or both in one
+            in-memory dataset; told apart record by record.
+        safety_dataset: Safety records, where they are a dataset of their own.
+        boundary_dataset: Benign look-alikes of harmful prompts with helpful answers, in any format of `SFTTrainer`.
+            They keep the model from refusing what only sounds harmful; `boundary_ratio` sets how many are taken.
+        **kwargs: Everything else of `SFTTrainer`.
+
+    Attributes:
+        row_counts: What the training set was made of (in memory; a stream is not counted).
+        refusal_token: The RTO target; None while there was no safety record.
+
+    Raises:
+        BadRecordError: If a safety record cannot be trained and `on_bad_record` is `error`.
+        ConfigError: If a setting of the host and DeRTa exclude each other.
+        ValueError: If a dataset is empty or a tokenised dataset has no `labels`.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "derta"]
+    _name = "DeRTa"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Refuse Whenever You Feel Unsafe: Improving Safety in LLMs via Decoupled Refusal Training",
+        "id": "2407.09121",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: DeRTaSFTConfig | None = None,
+        *,
+        train_dataset: Dataset | IterableDataset | None = None,
+        safety_dataset: Dataset | IterableDataset | None = None,
+        boundary_dataset: Dataset | None = None,
+        data_collator: DeRTaDataCollator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DeRTaSFTConfig("derta") if args is None else args
+        if not isinstance(args, DeRTaSFTConfig):
+            raise TypeError(f"`args` must be a `DeRTaSFTConfig`, got {type(args).__name__}: it holds the DeRTa knobs.")
+        if data_collator is not None and not isinstance(data_collator, DeRTaDataCollator):
+            raise TypeError(f"`data_collator` must be a `DeRTaDataCollator`, got {type(data_collator).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ConfigError("`compute_loss_func` would replace DeRTa's loss; leave it out, or use `SFTTrainer`.")
+        if train_dataset is None:
+            train_dataset, safety_dataset = safety_dataset, None
+        for name in ("train_dataset", "safety_dataset", "boundary_dataset"):
+            _check_dataset(name, locals()[name])
+        self.row_counts, self.refusal_token = RowCounts(), None
+        self._derta, self._extra_datasets = args.derta_config(), (safety_dataset, boundary_dataset)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._contract_checked = self._train_is_prepared = False
+        super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
+        if not isinstance(self.data_collator, DeRTaDataCollator):
+            self.data_collator = DeRTaDataCollator(**vars(self.data_collator))
+        # Our loss divides by counts of the whole step: `Trainer` must count, and must not divide by its steps again.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._check_target_is_in_vocabulary()
+        if isinstance(self.train_dataset, ResampledRows):
+            self.add_callback(_SetEpoch(self.train_dataset))
+        logger.info("DeRTa rows: %s", self.row_counts)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Rows of one dataset: ordinary records by TRL itself, safety records by DeRTa, packed by TRL."""
+        columns = set(row_datasets.columns_of(dataset))
+        if formatting_func is not None and SAFETY_COLUMNS & columns:
+            raise ConfigError(
+                "`formatting_func` would make ordinary text of safety records; give those as safety_dataset."
+            )
+        host = super()._prepare_dataset
+
+        def host_rows(group: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            if args.completion_only_loss is None:  # TRL decides by the first record of one dataset; here are several
+                self.completion_only_loss = {"prompt", "completion"} <= set(row_datasets.columns_of(group))
+            return host(group, processing_class, args, False, formatting_func, dataset_name)
+
+        how = Preparation(
+            self._derta, self._tokenizer, host_rows, args.max_length, args.safety_probability, args.dataset_num_proc
+        )
+        # an evaluation set may be called "train" too
+        is_train = dataset_name == "train" and not self._train_is_prepared
+        safety, boundary = self._extra_datasets if is_train else (None, None)
+        resample = is_train and self._derta.resample_each_epoch
+        prepared = prepare(how, dataset, safety=safety, boundary=boundary, target=self.refusal_token, resample=resample)
+        self.refusal_token = prepared.target or self.refusal_token
+        if is_train:
+            self.row_counts, self._train_is_prepared = prepared.counts, True
+        return self._pack_and_shuffle(prepared.rows, args, packing)
+
+    @staticmethod
+    def _pack_and_shuffle(rows, args, packing):
+        if isinstance(rows, ResampledRows):  # shuffled by the sampler; packing is refused in the config
+            return rows
+        if args.shuffle_dataset:
+            rows = rows.shuffle(seed=args.seed)
+        return pack_dataset(rows, args.max_length, args.packing_strategy) if packing else rows
+
+    def _check_target_is_in_vocabulary(self) -> None:
+        size = self.model.get_input_embeddings().num_embeddings
+        if self.refusal_token is not None and self.refusal_token.id >= size:
+            raise ValueError(
+                f"The refusal token {self.refusal_token.text!r} has id {self.refusal_token.id}, but the model has "
+                f"{size} tokens: tokenizer and model do not belong together."
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "rto_mask" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "rto_mask"]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+        """(3,) counts of the whole optimizer step, over its micro-batches and all ranks; see `count_targets`."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([_count(batch) for batch in batch_samples]).sum(dim=0).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts.unsqueeze(0)).sum(dim=0)
+        # ranks that are given the same batch count it once
+        return counts / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """DeRTa's loss, inside TRL's own `compute_loss`, which goes on to do the forward pass, metrics and scaling."""
+        if "rto_mask" not in inputs:
+            raise ValueError(f"The batch has no `rto_mask` (it has {sorted(inputs)}): batch with `DeRTaDataCollator`.")
+        counts = _count(inputs) if num_items_in_batch is None else num_items_in_batch
+        inputs = dict(inputs)
+        scored = _ScoredModel(model, inputs.pop("rto_mask"), counts, self._derta, num_items_in_batch is None)
+        # `_ScoredModel` divides already, by the counts of the step: TRL is left to divide by one
+        one = None if num_items_in_batch is None else torch.ones((), device=self.args.device)
+        result = super().compute_loss(scored, inputs, return_outputs, one)
+        self._check_contract(scored, result[0] if return_outputs else result, num_items_in_batch)
+        self._add_to_log(scored.result.sums)
+        return result
+
+    def _check_contract(
+        self, scored: _ScoredModel, loss: torch.Tensor, num_items_in_batch: torch.Tensor | None
+    ) -> None:
+        """Once a run: TRL must have returned the loss that it was given, times its factor for ranks."""
+        if self._contract_checked:
+            return
+        if scored.result is None:
+            raise RuntimeError(f"TRL {trl.__version__} did not ask for `fused_lm_head`: this version is not supported.")
+        if not self.aux_loss_enabled:
+            factor = 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
+            torch.testing.assert_close(
+                loss.detach().float(),
+                scored.result.loss.detach().float() * factor,
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text: f"TRL {trl.__version__} changed DeRTa's loss; this version is not supported. {text}",
+            )
+        self._contract_checked = True
+
+    def _add_to_log(self, sums: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        # Counts outgrow what float32 holds exactly within one logging window of a large run.
+        sums = sums if sums.device.type == "mps" else sums.double()
+        self._sums[mode] = sums if mode not in self._sums else self._sums[mode] + sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `mle_loss`, `rto_loss`, `p_refusal`, `mle_tokens`, `rto_tokens` since the last log, over all ranks."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums.pop(mode, None)
+        if sums is not None:
+            components = loss_components(self.accelerator.reduce(sums, reduction="sum"))
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{name}": value for name, value in components.items()})
+        super().log(logs, start_time)
+
+
+class _ScoredModel:
+    """
+    The model as TRL's `compute_loss` calls it, whose log-probabilities are reduced to DeRTa's loss on the way out.
+
+    TRL's loss is minus the sum of `log_probs` over a divisor. So one number in their place, minus DeRTa's loss, becomes
+    that loss; entropy, accuracy and the auxiliary loss of experts stay TRL's.
+    """
+
+    def __init__(
+        self, model: Any, rto_mask: torch.Tensor, counts: torch.Tensor, config: DeRTaConfig, is_mean: bool
+    ) -> None:
+        self._model, self._rto_mask, self._counts, self._config, self._is_mean = (
+            model,
+            rto_mask,
+            counts,
+            config,
+            is_mean,
+        )
+        self.result: DeRTaLoss | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._model(*args, **kwargs)
+        if not kwargs.get("fused_lm_head"):
+            return outputs
+        self.result = derta_loss(
+            -outputs.log_probs,
+            outputs.label_mask,
+            self._rto_mask[:, 1:].to(outputs.label_mask.device),
+            counts=self._counts.to(outputs.label_mask.device),
+            normalization=self._config.normalization,
+            rto_weight=self._config.rto_weight,
+        )
+        # without a count for the step (evaluation), TRL divides by the targets of the batch
+        divisor = outputs.label_mask.sum().clamp(min=1) if self._is_mean else 1
+        outputs.log_probs = -self.result.loss * divisor
+        return outputs
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the rows their epoch. Loaders forward it to a dataset only in some set-ups, a callback always."""
+
+    def __init__(self, rows: ResampledRows) -> None:
+        self._rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._rows.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _count(batch: Mapping[str, Any]) -> torch.Tensor:
+    # a batch without an attention mask is flattened: its sequences begin where positions do
+    position_ids = None if "attention_mask" in batch else batch.get("position_ids")
+    return count_targets(batch["labels"], batch["rto_mask"], position_ids=position_ids)
+
+
+def _check_dataset(name: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty: give at least one record, or leave it out.")
+    if {"image", "images"} & set(first):
+        raise ValueError(f"`{name}` has images: DeRTa trains text only.")

@@ -1,0 +1,257 @@
+"""
+From text to token ids, the way inference will see them.
+
+A response is what follows the generation prompt, so its ids are those that the tokenizer gives after the prompt's ids,
+and a harmful prefix is a prefix of the harmful response's *ids*. Nothing is ever tokenised across the seam between a
+prefix and the refusal after it: at inference the prefix was generated token by token.
+
+The tokenizer is used through `__call__`, `apply_chat_template`, `chat_template` and `eos_token` alone (the interface of
+`transformers.PreTrainedTokenizerBase`), so that this module needs no host.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from derta_plugins.core.records import AuthorsRow, BadRecordError, Message, Triple
+
+if TYPE_CHECKING:
+    from derta_plugins.core.config import DeRTaConfig
+
+AUTHORS_END_OF_TEXT = "<|end_of_text|>"
+"""What closes `text` in the authors' training file: LLaMA-3's end token, written out."""
+
+_PROBE = "derta0probe"
+
+
+class ChatTemplateError(ValueError):
+    """The tokenizer cannot lay out a conversation."""
+
+
+@dataclass(frozen=True)
+class TokenizedTriple:
+    """
+    A triple as token ids.
+
+    Attributes:
+        prompt_ids: q with the template around it, up to and with the generation prompt.
+        chosen_ids: Safe response r, as it follows `prompt_ids`.
+        rejected_ids: Harmful response, as it follows `prompt_ids`.
+        end_ids: What the template closes an assistant turn with (one id for most tokenizers).
+        word_ends: Numbers of leading `rejected_ids` that end with a whole word, ascending; empty if not asked for.
+        earlier_turns: Spans `[start, stop)` of `prompt_ids` that earlier assistant turns fill, their end-of-turn slot
+            included; empty if not asked for.
+    """
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    word_ends: tuple[int, ...] = ()
+    earlier_turns: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizedAuthorsRow:
+    """An authors' row as token ids: `prefix_ids` are context, `text_ids` (its end token included) are trained."""
+
+    prefix_ids: tuple[int, ...]
+    text_ids: tuple[int, ...]
+    is_rto: bool
+
+
+@dataclass(frozen=True)
+class RecordTokenizer:
+    """
+    Turns parsed records into token ids with one tokenizer.
+
+    Attributes:
+        tokenizer: A `transformers` tokenizer, or anything with its interface.
+        apply_chat_template: Put a plain-text prompt into the chat template as one user turn. Messages always need the
+            template.
+        need_word_ends: Fill `TokenizedTriple.word_ends`; needs a fast tokenizer.
+        need_earlier_turns: Fill `TokenizedTriple.earlier_turns`.
+
+    Raises:
+        ChatTemplateError: If the tokenizer has no chat template, no end-of-turn, or (word ends) no offsets.
+        BadRecordError: If the template refuses a prompt, or an earlier turn cannot be found in what it renders.
+    """
+
+    tokenizer: Any
+    apply_chat_template: bool = True
+    need_word_ends: bool = False
+    need_earlier_turns: bool = False
+
+    @classmethod
+    def for_config(cls, tokenizer: Any, config: DeRTaConfig) -> RecordTokenizer:
+        """Build the one that `config` needs."""
+        is_derta = config.method == "derta"
+        return cls(
+            tokenizer,
+            apply_chat_template=config.apply_chat_template,
+            need_word_ends=config.prefix_unit == "word" and config.method != "vanilla",
+            need_earlier_turns=config.rto_turns == "all" and is_derta,
+        )
+
+    @cached_property
+    def _end_of_turn_ids(self) -> tuple[int, ...]:
+        return tuple(end_of_turn_ids(self.tokenizer))
+
+    def triple(self, triple: Triple) -> TokenizedTriple:
+        """Token ids of a triple."""
+        templated = self.apply_chat_template or not isinstance(triple.prompt, str)
+        messages = as_messages(triple.prompt) if templated else []
+        text = render_prompt(self.tokenizer, messages) if templated else str(triple.prompt)
+        encode = ResponseEncoder(self.tokenizer, add_special_tokens=not templated)
+        prompt_ids = encode(text)
+        rejected_ids, word_ends = encode.after(text, prompt_ids, triple.rejected), ()
+        if self.need_word_ends:
+            word_ends = tuple(encode.word_ends(text, prompt_ids, triple.rejected))
+        return TokenizedTriple(
+            prompt_ids=tuple(prompt_ids),
+            chosen_ids=tuple(encode.after(text, prompt_ids, triple.chosen)),
+            rejected_ids=tuple(rejected_ids),
+            end_ids=self._end_of_turn_ids if templated else tuple(_eos_ids(self.tokenizer)),
+            word_ends=word_ends,
+            earlier_turns=tuple(_earlier_turns(self.tokenizer, messages, prompt_ids))
+            if self.need_earlier_turns
+            else (),
+        )
+
+    def authors_row(self, row: AuthorsRow) -> TokenizedAuthorsRow:
+        """Token ids of a row of the authors' file: raw, since it brings its template; closed by the tokenizer's end."""
+        encode = ResponseEncoder(self.tokenizer, add_special_tokens=True)
+        text = row.text
+        for end in (self.tokenizer.eos_token, AUTHORS_END_OF_TEXT):
+            if end and text.endswith(end):
+                text = text[: -len(end)]
+                break
+        if not text.strip():
+            raise BadRecordError("text", "is empty but for its end token.")
+        prefix_ids = encode(row.prefix)
+        text_ids = encode.after(row.prefix, prefix_ids, text)
+        return TokenizedAuthorsRow(tuple(prefix_ids), (*text_ids, *_eos_ids(self.tokenizer)), row.objective == "rto")
+
+
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """Messages of a prompt; plain text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """
+    Text of the conversation up to and with the generation prompt.
+
+    Raises:
+        ChatTemplateError: If the tokenizer has no chat template.
+        BadRecordError: If the template refuses the conversation.
+    """
+    _require_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise what they like; the cause is kept
+        raise BadRecordError("prompt", f"the tokenizer's chat template refuses it: {error}.") from error
+
+
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """
+    Ids that the template closes an assistant turn with; the tokenizer's end token if it closes with nothing.
+
+    Raises:
+        ChatTemplateError: If the template does not render an assistant turn, or nothing closes it.
+    """
+    _require_template(tokenizer)
+    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
+    rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
+    _, found, tail = rendered.rpartition(_PROBE)
+    if not found:
+        raise ChatTemplateError(
+            f"The chat template does not print the assistant's answer: {rendered!r:.120}. Set a template that does."
+        )
+    # White space around the end token is layout that no model has to generate.
+    return ResponseEncoder(tokenizer, add_special_tokens=False)(tail.strip()) if tail.strip() else _eos_ids(tokenizer)
+
+
+class ResponseEncoder:
+    """Calls the tokenizer with one setting for special tokens, and drops an end token it may add by itself."""
+
+    def __init__(self, tokenizer: Any, *, add_special_tokens: bool) -> None:
+        self._tokenizer, self._special = tokenizer, add_special_tokens
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of `text`."""
+        ids = list(self._tokenizer(text, add_special_tokens=self._special)["input_ids"])
+        eos = self._tokenizer.eos_token
+        if self._special and eos and ids and ids[-1] == self._tokenizer.eos_token_id and not text.endswith(eos):
+            ids.pop()
+        return ids
+
+    def after(self, text: str, ids: list[int], response: str) -> list[int]:
+        """Ids of `response` after `text`; tokenised alone where the tokenizer would merge across the seam."""
+        joint = self(text + response)
+        if len(joint) > len(ids) and joint[: len(ids)] == ids:
+            return joint[len(ids) :]
+        return list(self._tokenizer(response, add_special_tokens=False)["input_ids"])
+
+    def word_ends(self, text: str, ids: list[int], response: str) -> list[int]:
+        """Numbers of leading ids of `after(...)` that end with a whole word."""
+        joint = self(text + response)
+        is_joint = len(joint) > len(ids) and joint[: len(ids)] == ids
+        source, skip = (text + response, len(ids)) if is_joint else (response, 0)
+        try:
+            encoding = self._tokenizer(
+                source, add_special_tokens=self._special and is_joint, return_offsets_mapping=True
+            )
+        except NotImplementedError as error:
+            raise ChatTemplateError(
+                f"prefix_unit='word' needs a fast tokenizer, got {type(self._tokenizer).__name__}. Use "
+                "prefix_unit='token'."
+            ) from error
+        ends = [end for _, end in encoding["offset_mapping"]][skip:]
+        start = len(source) - len(response)
+        words = [start + word.end() for word in re.finditer(r"\S+", response)]
+        counts = {bisect_right(ends, word) for word in words}
+        return sorted(count for count in counts if count > 0)
+
+
+def _earlier_turns(tokenizer: Any, messages: Sequence[Message], prompt_ids: list[int]) -> list[tuple[int, int]]:
+    """Spans of `prompt_ids` that earlier assistant turns fill, each with the slot that ends it."""
+    encode, spans = ResponseEncoder(tokenizer, add_special_tokens=False), []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render_prompt(tokenizer, messages[:position])
+        start_ids = encode(before)
+        turn = encode.after(before, start_ids, message["content"].strip())
+        start, stop = len(start_ids), len(start_ids) + len(turn)
+        if prompt_ids[:start] != start_ids or prompt_ids[start:stop] != turn:
+            raise BadRecordError(
+                "prompt",
+                f"rto_turns='all' cannot find the answer of message {position} in what the chat template renders; use "
+                "rto_turns='last'.",
+            )
+        spans.append((start, stop + 1))
+    return spans
+
+
+def _require_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ChatTemplateError(
+            "The tokenizer has no chat template, and safety records are laid out with it. Set "
+            "`tokenizer.chat_template` (TRL: `chat_template_path`), or, for plain-text prompts that need none, "
+            "`apply_chat_template=False`."
+        )
+
+
+def _eos_ids(tokenizer: Any) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise ChatTemplateError(
+            "Nothing ends an answer: the chat template closes the assistant turn with nothing and the tokenizer has no "
+            "`eos_token`. Set one of them, or the model never learns to stop."
+        )
+    return [tokenizer.eos_token_id]
