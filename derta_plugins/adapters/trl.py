@@ -31,7 +31,8 @@ from derta_plugins.core.config import (
     PrefixUnit,
     RTOTurns,
 )
-from derta_plugins.core.losses import count_targets, derta_loss, loss_components
+from derta_plugins.core.constants import IGNORE_INDEX
+from derta_plugins.core.losses import count_targets, derta_loss, loss_components, per_token_nll
 from derta_plugins.hookspecs import Adapter, hookimpl
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OLDEST_TESTED, NEWEST_TESTED = "1.15.0", "1.16.0"
+OLDEST_TESTED, NEWEST_TESTED = "1.9.0", "1.16.0"
 
-# 1.15 is the first release whose SFTTrainer asks the model for per-token log-probabilities (`fused_lm_head`).
+# Older ones build labels in their collator, after our rows.
 if Version(trl.__version__) < Version(OLDEST_TESTED):
     raise ImportError(f"trl>={OLDEST_TESTED} is needed, got {trl.__version__}: pip install -U 'derta-plugins[trl]'")
+
+# From 1.15 on SFTTrainer has the model score its targets without building logits; before, the logits are built.
+HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.15.0")
 
 
 @hookimpl
@@ -89,6 +93,11 @@ class DeRTaSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.loss_type in (
+            None,
+            "chunked_nll",
+        ):  # TRL's names for "nll by the cheapest way", which is ours to choose
+            self.loss_type = "nll"
         super().__post_init__()
         self.derta_config()
         for name, value, wanted, why in self._conflicts():
@@ -122,6 +131,11 @@ class DeRTaSFTConfig(SFTConfig):
                 not (self.packing and self.resample_each_epoch),
                 "False",
                 "`resample_each_epoch` changes the lengths of rows",
+            ),
+            "use_liger_kernel": (
+                HAS_FUSED_LM_HEAD or not self.use_liger_kernel,
+                "False",
+                "before TRL 1.15 Liger's loss replaces DeRTa's",
             ),
             "safety_probability": (0 < self.safety_probability < 1, "in (0, 1)", "it is a share of rows"),
             "dataset_kwargs": (
@@ -286,9 +300,10 @@ class DeRTaSFTTrainer(SFTTrainer):
             raise ValueError(f"The batch has no `rto_mask` (it has {sorted(inputs)}): batch with `DeRTaDataCollator`.")
         counts = _count(inputs) if num_items_in_batch is None else num_items_in_batch
         inputs = dict(inputs)
-        scored = _ScoredModel(model, inputs.pop("rto_mask"), counts, self._derta, num_items_in_batch is None)
+        is_step = num_items_in_batch is not None
+        scored = _ScoredModel(model, inputs.pop("rto_mask"), counts, self._derta, is_step=is_step)
         # `_ScoredModel` divides already, by the counts of the step: TRL is left to divide by one
-        one = None if num_items_in_batch is None else torch.ones((), device=self.args.device)
+        one = torch.ones((), device=self.args.device) if is_step else None
         result = super().compute_loss(scored, inputs, return_outputs, one)
         self._check_contract(scored, result[0] if return_outputs else result, num_items_in_batch)
         self._add_to_log(scored.result.sums)
@@ -301,7 +316,9 @@ class DeRTaSFTTrainer(SFTTrainer):
         if self._contract_checked:
             return
         if scored.result is None:
-            raise RuntimeError(f"TRL {trl.__version__} did not ask for `fused_lm_head`: this version is not supported.")
+            raise RuntimeError(
+                f"TRL {trl.__version__} did not ask the model for a loss: this version is not supported."
+            )
         if not self.aux_loss_enabled:
             factor = 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
             torch.testing.assert_close(
@@ -332,40 +349,46 @@ class DeRTaSFTTrainer(SFTTrainer):
 
 class _ScoredModel:
     """
-    The model as TRL's `compute_loss` calls it, whose log-probabilities are reduced to DeRTa's loss on the way out.
+    The model as TRL's `compute_loss` calls it, with DeRTa's loss in place of the model's own on the way out.
 
-    TRL's loss is minus the sum of `log_probs` over a divisor. So one number in their place, minus DeRTa's loss, becomes
-    that loss; entropy, accuracy and the auxiliary loss of experts stay TRL's.
+    TRL from 1.15 on takes minus the sum of `log_probs` over a divisor for the loss, so one number in their place, minus
+    DeRTa's loss, becomes that loss. Before, TRL takes the model's `loss`. Entropy, accuracy and the auxiliary loss of
+    experts stay TRL's.
     """
 
     def __init__(
-        self, model: Any, rto_mask: torch.Tensor, counts: torch.Tensor, config: DeRTaConfig, is_mean: bool
+        self, model: Any, rto_mask: torch.Tensor, counts: torch.Tensor, config: DeRTaConfig, *, is_step: bool
     ) -> None:
-        self._model, self._rto_mask, self._counts, self._config, self._is_mean = (
-            model,
-            rto_mask,
-            counts,
-            config,
-            is_mean,
-        )
+        self._model, self._rto_mask, self._counts, self._config = model, rto_mask, counts, config
+        self._is_step = is_step
         self.result: DeRTaLoss | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self._model(*args, **kwargs)
-        if not kwargs.get("fused_lm_head"):
+    def __call__(self, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head"):
+            outputs = self._model(**kwargs)
+            self.result = self._score(-outputs.log_probs, outputs.label_mask)
+            # without a count for the step (evaluation), TRL divides by the targets of the batch
+            divisor = 1 if self._is_step else outputs.label_mask.sum().clamp(min=1)
+            outputs.log_probs = -self.result.loss * divisor
             return outputs
-        self.result = derta_loss(
-            -outputs.log_probs,
-            outputs.label_mask,
-            self._rto_mask[:, 1:].to(outputs.label_mask.device),
-            counts=self._counts.to(outputs.label_mask.device),
+        if HAS_FUSED_LM_HEAD or "labels" not in kwargs:  # TRL wants the logits, for metrics
+            return self._model(**kwargs)
+        labels = kwargs.pop("labels")
+        kwargs.pop("num_items_in_batch", None)
+        outputs = self._model(**kwargs)
+        self.result = self._score(per_token_nll(outputs.logits, labels), labels[:, 1:] != IGNORE_INDEX)
+        outputs["loss"] = self.result.loss
+        return outputs
+
+    def _score(self, nll: torch.Tensor, target_mask: torch.Tensor) -> DeRTaLoss:
+        return derta_loss(
+            nll,
+            target_mask,
+            self._rto_mask[:, 1:].to(nll.device),
+            counts=self._counts.to(nll.device),
             normalization=self._config.normalization,
             rto_weight=self._config.rto_weight,
         )
-        # without a count for the step (evaluation), TRL divides by the targets of the batch
-        divisor = outputs.label_mask.sum().clamp(min=1) if self._is_mean else 1
-        outputs.log_probs = -self.result.loss * divisor
-        return outputs
 
 
 class _SetEpoch(TrainerCallback):
