@@ -12,7 +12,7 @@ The tokenizer is used through `__call__`, `apply_chat_template`, `chat_template`
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -215,8 +215,13 @@ class ResponseEncoder:
         ends = [end for _, end in encoding["offset_mapping"]][skip:]
         start = len(source) - len(response)
         words = [start + word.end() for word in re.finditer(r"\S+", response)]
-        counts = {bisect_right(ends, word) for word in words}
-        return sorted(count for count in counts if count > 0)
+        counts = set()
+        for word in words:
+            # the token that holds the end of the word may go on with white space, but not with the next word
+            place = bisect_left(ends, word)
+            if place < len(ends) and not source[word : ends[place]].strip():
+                counts.add(bisect_right(ends, ends[place]))
+        return sorted(counts)
 
 
 def _earlier_turns(tokenizer: Any, messages: Sequence[Message], prompt_ids: list[int]) -> list[tuple[int, int]]:

@@ -84,9 +84,9 @@ def rto_loss(
     targets = rto_labels(labels, rto_mask, refusal_token_id=refusal_token_id, ignore_index=ignore_index)
     nll = per_token_nll(logits, targets, ignore_index=ignore_index)
     if num_items_in_batch is None:
-        num_items_in_batch = (targets[:, 1:] != ignore_index).sum().clamp(min=1)
-    # One sum, then one division: a mean per micro-batch would weigh micro-batches instead of tokens.
-    return nll.sum() / num_items_in_batch
+        num_items_in_batch = (targets[:, 1:] != ignore_index).sum()
+    # One sum, then one division: a mean per micro-batch would weigh micro-batches instead of tokens. A host may count 0.
+    return nll.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
 
 def per_token_nll(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:

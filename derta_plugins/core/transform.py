@@ -134,7 +134,9 @@ def build_authors_row(
         labels = [*[IGNORE_INDEX] * start, *text_ids]
         return [Row(input_ids, labels, [False] * len(input_ids), "mle", 0, cut)]
     kept = _kept_positions(range(start, len(input_ids)), config, random.Random(f"{config.seed}-{epoch}-{index}"))
-    return [_relabelled(input_ids, kept, refusal_token_id, len(text_ids), cut)]
+    # the last id of `text_ids` ends the answer and is no token of it
+    prefix_length = min(len(text_ids), len(row.text_ids) - 1)
+    return [_relabelled(input_ids, kept, refusal_token_id, prefix_length, cut)]
 
 
 def _mle_row(triple: TokenizedTriple, config: DeRTaConfig, room: float, draws: random.Random) -> Row:

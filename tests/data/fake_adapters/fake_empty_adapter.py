@@ -1,0 +1,1 @@
+"""A module that an entry point names although it holds no hook."""
