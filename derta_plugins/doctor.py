@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import derta_plugins
-from derta_plugins.core.chat import ChatTemplateError, end_of_turn_ids
+from derta_plugins.core.chat import ChatTemplateError, turn_layout
 from derta_plugins.core.refusal_token import AUTO, RefusalTokenError, resolve_refusal_token
 from derta_plugins.hookspecs import Adapter
 from derta_plugins.plugin_manager import AdapterError, adapter_names, get_adapter
@@ -173,7 +173,7 @@ def _named(tokenizer: Any, token: str) -> str:
 
 def _end_of_turn(tokenizer: Any) -> Finding:
     try:
-        ids = end_of_turn_ids(tokenizer)
+        ids = turn_layout(tokenizer).end_ids
     except ChatTemplateError as error:
         return Finding("end of turn", "missing", str(error))
     return Finding("end of turn", ", ".join(f"{tokenizer.decode([one])!r} (id {one})" for one in ids))

@@ -42,7 +42,7 @@ def load_records(source: str, *, split: str = "train", streaming: bool = False) 
     elif path.is_dir() and (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         saved = datasets.load_from_disk(source)
         return saved.to_iterable_dataset() if streaming else saved
-    elif source.startswith(("./", "/", "../")) and not path.exists():
+    elif not path.exists() and (path.suffix in _FORMATS or source.startswith(("./", "/", "../"))):
         raise RecordsNotFoundError(f"{source}: no such file or folder.")
     else:
         load = {"path": source}
@@ -56,5 +56,7 @@ def load_records(source: str, *, split: str = "train", streaming: bool = False) 
     return records
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]

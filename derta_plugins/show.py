@@ -25,7 +25,7 @@ from derta_plugins.core.records import AUTHORS_ROW_COLUMNS, HELPFUL_FORMATS, TRI
 from derta_plugins.core.refusal_token import AUTO, RefusalToken
 from derta_plugins.core.transform import Row
 from derta_plugins.readers import RecordsNotFoundError
-from derta_plugins.survey import Example, Survey, View, prompt_length, resolve_target, survey, training_rows
+from derta_plugins.survey import Example, Survey, View, prompt_length, survey, target_of, training_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,7 +94,7 @@ def show_records(
         raise RecordsNotFoundError(f"{source}: --index must be in 0 to {len(records) - 1}, got {index}.")
     wanted = min(len(records), max(max_records, 0 if index is None else index + 1))
     found = survey(with_progress(records, wanted, "Reading records"), view, limit=limit, index=index)
-    target = resolve_target(view, found)
+    target = target_of(view, found)
     printer = _Printer(console, view, target, is_full)
     if found.examples and target is not None:
         console.print(printer.legend(target))
@@ -319,11 +319,18 @@ class _Printer:
         share, is_auto = target.share, self.view.config.refusal_text == AUTO
         how = "the commonest first token" if is_auto else "from --refusal-text"
         text = Text(f"{_named(target, self.glyphs)}, {how}")
+        if share is None and is_auto:
+            text = Text(
+                f"{_named(target, self.glyphs)} is assumed: these rows do not tell which responses are refusals"
+            )
+            return text.append("\ntraining them needs refusal_text (here: --refusal-text)", "yellow")
         if share is None:
-            return text.append("; no safe response to compare it with")
-        text.append(f"; {share:.0%} of {_count(found.first_ids.total(), 'safe response')} begin with it")
+            return text.append("; no triple to compare it with")
+        text.append(f"; {share:.0%} of {_count(found.chosen_first_ids.total(), 'safe response')} begin with it")
         if share < 0.5:
             text.append("\nfew: RTO would train a token that most refusals do not go on from", "yellow")
+        if target.share_of_harmful is not None and target.share_of_harmful > 0.5:
+            text.append(f"\nso do {target.share_of_harmful:.0%} of the harmful ones: it breaks nothing off", "yellow")
         return text
 
     def _bars(self, values: list[int]) -> Table:

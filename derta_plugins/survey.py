@@ -21,10 +21,9 @@ from derta_plugins.core.records import (
     RecordKind,
     Triple,
     parse_record,
-    present_columns,
     record_kind,
 )
-from derta_plugins.core.refusal_token import AUTO, RefusalToken, auto_refusal_token, resolve_refusal_token
+from derta_plugins.core.refusal_token import AUTO, RefusalToken, resolve_refusal_token, resolve_target
 from derta_plugins.core.transform import Row, build_authors_row, build_rows
 
 
@@ -38,6 +37,9 @@ class View:
     epoch: int = 0
 
 
+ASSUMED_TEXT = "Sorry"
+
+
 @dataclass(frozen=True)
 class Example:
     """
@@ -45,14 +47,12 @@ class Example:
 
     Attributes:
         index: Position in the file, from 0.
-        position: Position among the file's records of the same format, which is what training draws by.
         kind: What the record is.
         record: The record.
         tokenized: Its token ids; None for an ordinary row.
     """
 
     index: int
-    position: int
     kind: RecordKind
     record: Mapping[str, Any]
     tokenized: TokenizedTriple | TokenizedAuthorsRow | None
@@ -71,7 +71,8 @@ class Survey:
         lengths: Tokens of each row.
         prefix_lengths: k of each MLE row that was made from a triple.
         num_truncated: Rows that were cut to fit `max_length`.
-        first_ids: First tokens of the safe responses.
+        chosen_first_ids: First tokens of the triples' safe responses.
+        rejected_first_ids: First tokens of their harmful responses.
         bad: Positions of bad records by field and reason.
         examples: The records to print.
     """
@@ -83,15 +84,17 @@ class Survey:
     lengths: list[int] = field(default_factory=list)
     prefix_lengths: list[int] = field(default_factory=list)
     num_truncated: int = 0
-    first_ids: Counter[int] = field(default_factory=Counter)
+    chosen_first_ids: Counter[int] = field(default_factory=Counter)
+    rejected_first_ids: Counter[int] = field(default_factory=Counter)
     bad: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
     def add(self, example: Example, rows: list[Row]) -> None:
         """Count one good record and its rows."""
         self.kinds[example.kind] += 1
-        if (first_id := _first_safe_id(example.tokenized)) is not None:
-            self.first_ids[first_id] += 1
+        if isinstance(example.tokenized, TokenizedTriple):
+            self.chosen_first_ids.update(example.tokenized.chosen_ids[:1])
+            self.rejected_first_ids.update(example.tokenized.rejected_ids[:1])
         for row in rows:
             self.rows[row.objective] += 1
             self.targets[row.objective] += sum(label != IGNORE_INDEX for label in row.labels)
@@ -108,14 +111,12 @@ def survey(records: Iterable[Mapping[str, Any]], view: View, *, limit: int, inde
     Raises:
         BadRecordError: At the first bad record, if `on_bad_record` is `error`.
     """
-    found, positions = Survey(), Counter[frozenset[str]]()
+    found = Survey()
     reader = RecordTokenizer.for_config(view.tokenizer, view.config)
     for place, record in enumerate(records):
         found.num_records += 1
         try:
-            kind, columns = record_kind(record), present_columns(record)
-            positions[columns] += 1
-            example = Example(place, positions[columns] - 1, kind, record, _tokenize(record, reader))
+            example = Example(place, record_kind(record), record, _tokenize(record, reader))
             # no count depends on which token the refusal token is, and it is not known before the last record
             rows = training_rows(example, view, refusal_token_id=0)
         except BadRecordError as error:
@@ -134,7 +135,7 @@ def training_rows(example: Example, view: View, *, refusal_token_id: int) -> lis
     options = {
         "refusal_token_id": refusal_token_id,
         "max_length": view.max_length,
-        "index": example.position,
+        "index": example.index,
         "epoch": view.epoch,
     }
     if example.tokenized is None:
@@ -144,23 +145,21 @@ def training_rows(example: Example, view: View, *, refusal_token_id: int) -> lis
     return build_authors_row(example.tokenized, view.config, **options)
 
 
-def resolve_target(view: View, found: Survey) -> RefusalToken | None:
+def target_of(view: View, found: Survey) -> RefusalToken | None:
     """
     The RTO target of these records; None if there is no safety record.
+
+    Training refuses `auto` for a file of authors' rows alone, which do not tell safe responses from helpful ones. To
+    look at them, "Sorry" stands in, as in the authors' code; its share is None then.
 
     Raises:
         RefusalTokenError: If the refusal text is not one token.
     """
     if not found.rows:
         return None
-    if view.config.refusal_text == AUTO:
-        return auto_refusal_token(view.tokenizer, found.first_ids.elements())
-    named = resolve_refusal_token(
-        view.tokenizer, view.config.refusal_text, allow_first_piece=view.config.allow_first_piece
-    )
-    total = found.first_ids.total()
-    share = found.first_ids[named.id] / total if total else None
-    return RefusalToken(named.id, named.text, named.mid_answer_id, share)
+    if view.config.refusal_text == AUTO and not found.chosen_first_ids:
+        return resolve_refusal_token(view.tokenizer, ASSUMED_TEXT, allow_first_piece=True)
+    return resolve_target(view.tokenizer, view.config, found.chosen_first_ids, found.rejected_first_ids)
 
 
 def word_tokenizer(records: Iterable[Mapping[str, Any]]) -> Any:
@@ -175,7 +174,8 @@ def word_tokenizer(records: Iterable[Mapping[str, Any]]) -> Any:
     special = ["[UNK]", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.WordLevelTrainer(vocab_size=10_000_000, special_tokens=special, show_progress=False)
     texts = (text for record in records for name in sorted(KNOWN_COLUMNS) for text in _texts(record.get(name)))
-    tokenizer.train_from_iterator((text for part in (["user\nassistant\n"], texts) for text in part), trainer)
+    scaffold = [f"user\nassistant\n{ASSUMED_TEXT}"]
+    tokenizer.train_from_iterator((text for part in (scaffold, texts) for text in part), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
@@ -200,12 +200,6 @@ def _tokenize(record: Mapping[str, Any], reader: RecordTokenizer) -> TokenizedTr
     if parsed is None:
         return None
     return reader.triple(parsed) if isinstance(parsed, Triple) else reader.authors_row(parsed)
-
-
-def _first_safe_id(tokenized: TokenizedTriple | TokenizedAuthorsRow | None) -> int | None:
-    if isinstance(tokenized, TokenizedTriple):
-        return tokenized.chosen_ids[0] if tokenized.chosen_ids else None
-    return tokenized.text_ids[0] if tokenized is not None and not tokenized.is_rto else None
 
 
 def prompt_length(tokenized: TokenizedTriple | TokenizedAuthorsRow) -> int:

@@ -1,8 +1,8 @@
 """
 All checks, each in an environment that is made for it: `nox -f tests/noxfile.py` (README, "Run all tests").
 
-The hosts cannot share an environment, so there is one session per host, pinned by a constraint file, and each says which
-version it expects to have imported. Environments are kept in `.nox/` and made anew when they are missing.
+The hosts cannot share an environment, so there is one session per host, pinned by a constraint file, and each says
+which version it expects to have imported. Environments are kept in `.nox/` and made anew when they are missing.
 """
 
 from __future__ import annotations

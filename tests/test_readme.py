@@ -78,5 +78,5 @@ def test_knobs_named_in_the_readme_exist():
     from derta_plugins.adapters.trl import DeRTaSFTConfig
 
     section = README.split("### Knobs", 1)[1].split("\n## ", 1)[0]
-    for name in re.findall(r"`(\w+)=", section) + ["num_prefixes", "rto_keep_ratio", "resample_each_epoch"]:
+    for name in [*re.findall(r"`(\w+)=", section), "num_prefixes", "rto_keep_ratio", "resample_each_epoch"]:
         assert name in DeRTaSFTConfig.__dataclass_fields__, name

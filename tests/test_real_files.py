@@ -61,7 +61,7 @@ def test_the_authors_training_rows_keep_their_objectives():
     assert has(shown, r"rows +4: 3 MLE, 1 RTO")
     assert shown.stdout.count("row 1 of 1: MLE") == 3
     assert shown.stdout.count("row 1 of 1: RTO") == 1
-    assert has(shown, r"67% of 3 safe responses begin with it")
+    assert has(shown, r"is assumed: these rows do not tell which responses are refusals")
     assert not has(shown, r"\x1b")
 
 

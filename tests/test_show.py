@@ -24,7 +24,7 @@ from derta_plugins.show import (
     show_records,
     visible,
 )
-from derta_plugins.survey import View, resolve_target, survey, word_tokenizer
+from derta_plugins.survey import View, survey, target_of, word_tokenizer
 from tests.conftest import metaspace_unigram
 
 TRIPLE = {"prompt": "How do I paint ?", "chosen": "Sorry , no .", "rejected": "Step one ."}
@@ -187,12 +187,13 @@ def test_the_summary_counts_what_training_gets(bpe_tokenizer):
     assert sum(map(int, histogram_lines)) == 24
 
 
-def test_a_record_draws_by_its_place_among_its_own_kind(bpe_tokenizer):
-    """Training splits a mixed file by format first, and draws by the place in the split."""
+def test_a_record_draws_by_its_place_in_the_file(bpe_tokenizer):
+    """As in training, where a mixed file is split by format but its records keep their places."""
     records = [{**TRIPLE, "rejected": "Step one . " * 9} for _ in range(6)]
-    mixed = [row for record in records for row in (HELPFUL, record)]
+    mixed = [row for record in records for row in (record, HELPFUL)]
     view = View(bpe_tokenizer, DeRTaConfig())
-    assert survey(mixed, view, limit=0).prefix_lengths == survey(records, view, limit=0).prefix_lengths
+    apart = [survey([HELPFUL] * (2 * place) + records[:1], view, limit=0).prefix_lengths[0] for place in range(6)]
+    assert survey(mixed, view, limit=0).prefix_lengths == apart
 
 
 def test_epoch_and_seed_change_the_draws_and_not_the_counts(bpe_tokenizer):
@@ -312,7 +313,7 @@ def test_a_rare_refusal_text_is_remarked_on(bpe_tokenizer):
 def test_a_refusal_text_of_several_tokens_is_refused(bpe_tokenizer):
     found = survey([TRIPLE], View(bpe_tokenizer, DeRTaConfig()), limit=0)
     with pytest.raises(RefusalTokenError, match="must be one token"):
-        resolve_target(View(bpe_tokenizer, DeRTaConfig(refusal_text="Sorry , no")), found)
+        target_of(View(bpe_tokenizer, DeRTaConfig(refusal_text="Sorry , no")), found)
 
 
 def test_authors_rows_show_their_fixed_objective(bpe_tokenizer):

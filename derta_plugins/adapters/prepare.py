@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from derta_plugins.adapters.row_datasets import (
+    INDEX,
     TOKENIZED,
     BuildRows,
     ResampledRows,
@@ -34,7 +35,7 @@ from derta_plugins.core.records import (
     present_columns,
     record_kind,
 )
-from derta_plugins.core.refusal_token import AUTO, RefusalToken, auto_refusal_token, resolve_refusal_token, warn_if_rare
+from derta_plugins.core.refusal_token import RefusalToken, resolve_target, warn_if_unfit
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def prepare(
     tokenized = concatenate_datasets(triples) if len(triples) > 1 else triples[0]
     if not is_streaming(tokenized) and len(tokenized) == 0:
         raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
-    target = target or resolve_target(tokenized, how.tokenizer, how.config)
+    target = target or _resolve_target(tokenized, how.tokenizer, how.config)
     build = BuildRows(how.config, target.id, how.max_length)
     counts.triples += _length(tokenized)
     if any(map(is_streaming, (tokenized, *ordinary))):
@@ -171,28 +172,20 @@ def split_by_format(
         else:
             places.setdefault(present_columns(record), []).append(index)
     return {
-        format_columns: dataset.select(indices).remove_columns([name for name in known if name not in format_columns])
+        format_columns: dataset.select(indices)
+        .remove_columns([name for name in known if name not in format_columns])
+        .add_column(INDEX, indices)
         for format_columns, indices in places.items()
     }
 
 
-def resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
-    """
-    The RTO target for these records, with the share of safe responses that begin with it (of a stream: of the first
-    1000 records).
-
-    Raises:
-        RefusalTokenError: If `refusal_text` is not one token.
-    """
+def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
+    """The RTO target for these records (of a stream: by its first 1000 records)."""
     peek = tokenized.take(_STREAM_PEEK) if is_streaming(tokenized) else tokenized
-    first_ids = [record[TOKENIZED]["chosen_ids"][0] for record in peek if record[TOKENIZED]["chosen_ids"]]
-    if config.refusal_text == AUTO:
-        token = auto_refusal_token(tokenizer, first_ids)
-    else:
-        named = resolve_refusal_token(tokenizer, config.refusal_text, allow_first_piece=config.allow_first_piece)
-        share = first_ids.count(named.id) / len(first_ids) if first_ids else None
-        token = RefusalToken(named.id, named.text, named.mid_answer_id, share)
-    warn_if_rare(token)
+    triples = [record[TOKENIZED] for record in peek if not record[TOKENIZED]["is_authors_row"]]
+    firsts = [Counter(triple[name][0] for triple in triples if triple[name]) for name in ("chosen_ids", "rejected_ids")]
+    token = resolve_target(tokenizer, config, *firsts)
+    warn_if_unfit(token)
     return token
 
 
@@ -222,7 +215,9 @@ def _host_rows(how: Preparation, group: AnyDataset) -> AnyDataset:
             "A tokenised dataset has `input_ids` but no `labels`, so every token of it would be trained. Add `labels` "
             "(-100 where nothing is trained), or give the records as text."
         )
-    return as_rows(how.host_rows(group))
+    if INDEX in columns:
+        group = group.remove_columns(INDEX)
+    return as_rows(how.host_rows(group.map(_check_ordinary) if is_streaming(group) else group))
 
 
 def _boundary_rows(how: Preparation, boundary: AnyDataset, num_triples: int, counts: RowCounts) -> Dataset:
@@ -288,6 +283,14 @@ def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[
     if config.on_bad_record == "error":
         raise error
     skipped[f"`{error.field}` {error.reason}"] += 1
+
+
+def _check_ordinary(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Ends a stream of ordinary records at one that has safety columns, which the first record did not show."""
+    found = sorted(name for name in SAFETY_COLUMNS if record.get(name) is not None)
+    if found:
+        raise BadRecordError(found[0], "stands in a stream whose first record was ordinary; give safety records apart.")
+    return record
 
 
 def _length(dataset: AnyDataset) -> int:

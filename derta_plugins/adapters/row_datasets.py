@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 ROW_COLUMNS = ("input_ids", "labels", "rto_mask")
 TOKENIZED = "derta_tokenized"
+INDEX = "derta_index"
+"""Column with the place that a record had in the user's dataset, where that dataset was split."""
+
 _IDS, _LABELS = List(Value("int32")), List(Value("int64"))
 # Written out: inferred types would follow the first records, whose lists may all be empty.
 _TOKENIZED_FEATURES = Features(
@@ -184,6 +187,7 @@ class _TokenizeRecord:
     max_length: int | None
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
+        index = record.get(INDEX, index)
         try:
             tokenized, reason = self._tokenize(record, index), ""
         except BadRecordError as error:

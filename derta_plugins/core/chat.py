@@ -99,28 +99,27 @@ class RecordTokenizer:
         )
 
     @cached_property
-    def _end_of_turn_ids(self) -> tuple[int, ...]:
-        return tuple(end_of_turn_ids(self.tokenizer))
+    def _layout(self) -> TurnLayout:
+        return turn_layout(self.tokenizer)
 
     def triple(self, triple: Triple) -> TokenizedTriple:
         """Token ids of a triple."""
         templated = self.apply_chat_template or not isinstance(triple.prompt, str)
         messages = as_messages(triple.prompt) if templated else []
-        text = render_prompt(self.tokenizer, messages) if templated else str(triple.prompt)
+        text, chosen, rejected = str(triple.prompt), triple.chosen, triple.rejected
+        if templated:
+            text = render_prompt(self.tokenizer, messages) + self._layout.context
+            chosen, rejected = self._layout.answer(chosen), self._layout.answer(rejected)
         encode = ResponseEncoder(self.tokenizer, add_special_tokens=not templated)
         prompt_ids = encode(text)
-        rejected_ids, word_ends = encode.after(text, prompt_ids, triple.rejected), ()
-        if self.need_word_ends:
-            word_ends = tuple(encode.word_ends(text, prompt_ids, triple.rejected))
+        earlier_turns = _earlier_turns(self.tokenizer, messages, prompt_ids) if self.need_earlier_turns else ()
         return TokenizedTriple(
             prompt_ids=tuple(prompt_ids),
-            chosen_ids=tuple(encode.after(text, prompt_ids, triple.chosen)),
-            rejected_ids=tuple(rejected_ids),
-            end_ids=self._end_of_turn_ids if templated else tuple(_eos_ids(self.tokenizer)),
-            word_ends=word_ends,
-            earlier_turns=tuple(_earlier_turns(self.tokenizer, messages, prompt_ids))
-            if self.need_earlier_turns
-            else (),
+            chosen_ids=tuple(encode.after(text, prompt_ids, chosen)),
+            rejected_ids=tuple(encode.after(text, prompt_ids, rejected)),
+            end_ids=self._layout.end_ids if templated else tuple(_eos_ids(self.tokenizer)),
+            word_ends=tuple(encode.word_ends(text, prompt_ids, rejected)) if self.need_word_ends else (),
+            earlier_turns=tuple(earlier_turns),
         )
 
     def authors_row(self, row: AuthorsRow) -> TokenizedAuthorsRow:
@@ -158,23 +157,58 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
         raise BadRecordError("prompt", f"the tokenizer's chat template refuses it: {error}.") from error
 
 
-def end_of_turn_ids(tokenizer: Any) -> list[int]:
+@dataclass(frozen=True)
+class TurnLayout:
     """
-    Ids that the template closes an assistant turn with; the tokenizer's end token if it closes with nothing.
+    What a chat template puts around an assistant's answer.
+
+    Attributes:
+        context: Text between the generation prompt and the answer that is not white space, such as an empty thinking
+            block. It is context, never a target.
+        lead: White space between the generation prompt and the answer, such as the space of `[/INST] Sorry`. It belongs
+            to the answer's first token, which the model generates.
+        trims: Whether the template cuts white space off the ends of an answer.
+        end_ids: Ids that close the turn; the tokenizer's end token if the template closes it with nothing.
+    """
+
+    context: str
+    lead: str
+    trims: bool
+    end_ids: tuple[int, ...]
+
+    def answer(self, text: str) -> str:
+        """`text` as it stands behind the generation prompt."""
+        return self.lead + (text.strip() if self.trims or self.lead else text)
+
+
+def turn_layout(tokenizer: Any) -> TurnLayout:
+    """
+    Layout of an assistant's turn, found by rendering a probe.
 
     Raises:
         ChatTemplateError: If the template does not render an assistant turn, or nothing closes it.
     """
     _require_template(tokenizer)
-    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
+    user = {"role": "user", "content": "Hello"}
+    before = render_prompt(tokenizer, [user])
+    conversation = [user, {"role": "assistant", "content": f" {_PROBE} "}]
     rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
     _, found, tail = rendered.rpartition(_PROBE)
     if not found:
         raise ChatTemplateError(
             f"The chat template does not print the assistant's answer: {rendered!r:.120}. Set a template that does."
         )
+    conversation[1]["content"] = _PROBE
+    bare = tokenizer.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
+    between = bare.rpartition(_PROBE)[0].removeprefix(before) if bare.startswith(before) else ""
     # White space around the end token is layout that no model has to generate.
-    return ResponseEncoder(tokenizer, add_special_tokens=False)(tail.strip()) if tail.strip() else _eos_ids(tokenizer)
+    encode, end = ResponseEncoder(tokenizer, add_special_tokens=False), tail.strip()
+    return TurnLayout(
+        context=between if between.strip() else "",
+        lead="" if between.strip() else between,
+        trims=rendered == bare,
+        end_ids=tuple(encode(end) if end else _eos_ids(tokenizer)),
+    )
 
 
 class ResponseEncoder:
@@ -202,7 +236,8 @@ class ResponseEncoder:
         """Numbers of leading ids of `after(...)` that end with a whole word."""
         joint = self(text + response)
         is_joint = len(joint) > len(ids) and joint[: len(ids)] == ids
-        source, skip = (text + response, len(ids)) if is_joint else (response, 0)
+        # an end token that the tokenizer adds by itself has no place in the text: it would break the order of `ends`
+        source, kept = (text + response, slice(len(ids), len(joint))) if is_joint else (response, slice(None))
         try:
             encoding = self._tokenizer(
                 source, add_special_tokens=self._special and is_joint, return_offsets_mapping=True
@@ -212,7 +247,7 @@ class ResponseEncoder:
                 f"prefix_unit='word' needs a fast tokenizer, got {type(self._tokenizer).__name__}. Use "
                 "prefix_unit='token'."
             ) from error
-        ends = [end for _, end in encoding["offset_mapping"]][skip:]
+        ends = [end for _, end in encoding["offset_mapping"]][kept]
         start = len(source) - len(response)
         words = [start + word.end() for word in re.finditer(r"\S+", response)]
         counts = set()
@@ -226,13 +261,13 @@ class ResponseEncoder:
 
 def _earlier_turns(tokenizer: Any, messages: Sequence[Message], prompt_ids: list[int]) -> list[tuple[int, int]]:
     """Spans of `prompt_ids` that earlier assistant turns fill, each with the slot that ends it."""
-    encode, spans = ResponseEncoder(tokenizer, add_special_tokens=False), []
+    encode, layout, spans = ResponseEncoder(tokenizer, add_special_tokens=False), turn_layout(tokenizer), []
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render_prompt(tokenizer, messages[:position])
         start_ids = encode(before)
-        turn = encode.after(before, start_ids, message["content"].strip())
+        turn = encode.after(before, start_ids, layout.answer(message["content"]))
         start, stop = len(start_ids), len(start_ids) + len(turn)
         if prompt_ids[:start] != start_ids or prompt_ids[start:stop] != turn:
             raise BadRecordError(

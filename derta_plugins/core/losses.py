@@ -85,7 +85,7 @@ def rto_loss(
     nll = per_token_nll(logits, targets, ignore_index=ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (targets[:, 1:] != ignore_index).sum()
-    # One sum, then one division: a mean per micro-batch would weigh micro-batches instead of tokens. A host may count 0.
+    # One sum, one division: a mean per micro-batch would weigh micro-batches instead of tokens. A host may count 0.
     return nll.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
 

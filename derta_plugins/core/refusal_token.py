@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from derta_plugins.core.chat import ResponseEncoder, render_prompt
+from derta_plugins.core.chat import ResponseEncoder, render_prompt, turn_layout
+
+if TYPE_CHECKING:
+    from derta_plugins.core.config import DeRTaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +35,14 @@ class RefusalToken:
         mid_answer_id: The id that the same text has in the middle of an answer, after a space; None if it is several
             there. Byte-level BPE gives another id than `id`, SentencePiece and WordPiece mostly the same.
         share: Share of the safe responses seen that begin with `id`; None where none were looked at.
+        share_of_harmful: The same of the harmful responses.
     """
 
     id: int
     text: str
     mid_answer_id: int | None
     share: float | None = None
+    share_of_harmful: float | None = None
 
 
 def resolve_refusal_token_id(tokenizer: Any, text: str = "Sorry", *, allow_first_piece: bool = False) -> int:
@@ -92,15 +97,50 @@ def auto_refusal_token(tokenizer: Any, first_ids: Iterable[int]) -> RefusalToken
     """
     counts = Counter(first_ids)
     if not counts:
-        raise RefusalTokenError("refusal_text='auto' needs at least one safe response, got none. Set refusal_text.")
+        raise RefusalTokenError(
+            "refusal_text='auto' needs at least one triple, got none (the authors' prefix / text / safe rows do not "
+            "tell safe responses from helpful ones). Set refusal_text to the first word of your refusals."
+        )
     chosen, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
     text = tokenizer.decode([chosen])
     middle = _pieces_mid_answer(tokenizer, text.strip()) if text.strip() else []
     return RefusalToken(chosen, text, middle[0] if len(middle) == 1 else None, count / counts.total())
 
 
-def warn_if_rare(token: RefusalToken) -> None:
-    """Warn when fewer than half of the safe responses begin with the RTO target: RTO then trains malformed refusals."""
+def resolve_target(
+    tokenizer: Any, config: DeRTaConfig, chosen_first_ids: Counter[int], rejected_first_ids: Counter[int]
+) -> RefusalToken:
+    """
+    The RTO target of a run: what `refusal_text` names, or the commonest first token of the safe responses for `auto`.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        config: Knobs.
+        chosen_first_ids: First tokens of the triples' safe responses. The authors' training rows do not count: their
+            MLE rows may be helpful ones.
+        rejected_first_ids: The same of the harmful responses.
+
+    Raises:
+        RefusalTokenError: If `refusal_text` is not one token, or is `auto` and there is no triple.
+    """
+    if config.refusal_text == AUTO:
+        token = auto_refusal_token(tokenizer, chosen_first_ids.elements())
+    else:
+        token = resolve_refusal_token(tokenizer, config.refusal_text, allow_first_piece=config.allow_first_piece)
+    return replace(
+        token, share=_share(token.id, chosen_first_ids), share_of_harmful=_share(token.id, rejected_first_ids)
+    )
+
+
+def _share(token_id: int, first_ids: Counter[int]) -> float | None:
+    return first_ids[token_id] / first_ids.total() if first_ids else None
+
+
+def warn_if_unfit(token: RefusalToken) -> None:
+    """
+    Warn of an RTO target that trains malformed refusals: fewer than half of the safe responses begin with it, or more
+    than half of the harmful ones do too (common markup, say), so that it breaks nothing off.
+    """
     if token.share is not None and token.share < 0.5:
         logger.warning(
             "Only %.0f %% of the safe responses begin with the RTO target %r (id %d): the model learns to break off "
@@ -110,13 +150,23 @@ def warn_if_rare(token: RefusalToken) -> None:
             token.text,
             token.id,
         )
+    if token.share_of_harmful is not None and token.share_of_harmful > 0.5:
+        logger.warning(
+            "%.0f %% of the harmful responses begin with the RTO target %r (id %d) too: it does not tell a refusal "
+            "from an answer. Set refusal_text to the first word of your refusals, and take common markup off both "
+            "sides.",
+            100 * token.share_of_harmful,
+            token.text,
+            token.id,
+        )
 
 
 def _pieces_at_start(tokenizer: Any, text: str) -> list[int]:
     encode = ResponseEncoder(tokenizer, add_special_tokens=False)
     if getattr(tokenizer, "chat_template", None):
-        prompt = render_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
-        return encode.after(prompt, encode(prompt), text)
+        layout = turn_layout(tokenizer)
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": "Hello"}]) + layout.context
+        return encode.after(prompt, encode(prompt), layout.answer(text))
     return encode(text)
 
 

@@ -18,4 +18,6 @@ if __name__ == "__main__":
         ddp_backend="gloo",
     )
     if torch.distributed.get_rank() == 0:
-        torch.save({name.removeprefix("module."): value for name, value in parameters.items()}, f"{output}/parameters.pt")
+        torch.save(
+            {name.removeprefix("module."): value for name, value in parameters.items()}, f"{output}/parameters.pt"
+        )

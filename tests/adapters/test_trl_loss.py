@@ -66,9 +66,7 @@ def test_default_loss_is_the_reference_of_core(tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     # the labels are final already: relabelling them again must change nothing
-    expected = rto_loss(
-        logits, batch["labels"], batch["rto_mask"], refusal_token_id=trainer.refusal_token.id
-    )
+    expected = rto_loss(logits, batch["labels"], batch["rto_mask"], refusal_token_id=trainer.refusal_token.id)
     counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=counts)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

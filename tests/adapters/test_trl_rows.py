@@ -1,4 +1,4 @@
-"""What `DeRTaSFTTrainer` makes of datasets: every input format, mixing, packing, streaming, epochs; and what it refuses."""
+"""What `DeRTaSFTTrainer` makes of datasets: every format, mixing, packing, streams, epochs; and what it refuses."""
 
 import itertools
 import logging
@@ -111,7 +111,7 @@ def test_prompt_completion_rows_train_the_completion_beside_triples(tmp_path):
     assert trainer.row_counts.boundary_rows == 1
 
 
-@pytest.mark.parametrize("method, expected", [("derta", (6, 6)), ("recaug", (6, 0)), ("vanilla", (6, 0))])
+@pytest.mark.parametrize(("method", "expected"), [("derta", (6, 6)), ("recaug", (6, 0)), ("vanilla", (6, 0))])
 def test_methods_give_their_rows(tmp_path, method, expected):
     trainer = make_trainer(tmp_path, method=method)
     assert (trainer.row_counts.mle_rows, trainer.row_counts.rto_rows) == expected
@@ -350,7 +350,9 @@ def test_what_a_foreign_pipeline_makes_of_our_rows_trains_no_harm(tmp_path):
     allowed = set(trainer.processing_class(SAFE)["input_ids"]) | {trainer.refusal_token.id}
     allowed |= {trainer.processing_class.eos_token_id, IGNORE_INDEX}
     assert set(batch["labels"].flatten().tolist()) <= allowed
-    assert set(batch["input_ids"].flatten().tolist()) > allowed - {IGNORE_INDEX}, "the harmful text is there, as context"
+    assert set(batch["input_ids"].flatten().tolist()) > allowed - {IGNORE_INDEX}, (
+        "the harmful text is there, as context"
+    )
 
 
 def test_skipped_records_are_counted_by_reason(tmp_path):
@@ -366,13 +368,9 @@ def test_skipped_records_are_counted_by_reason(tmp_path):
 
 def test_nothing_left_after_skipping_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"No safety record is left of those given .*1 x `rejected` is empty"):
-        make_trainer(
-            tmp_path, trainer_options=only_safety({**PREFERENCE, "rejected": ""}), on_bad_record="skip"
-        )
+        make_trainer(tmp_path, trainer_options=only_safety({**PREFERENCE, "rejected": ""}), on_bad_record="skip")
 
 
 def test_lora_on_the_head_is_refused_by_the_host_not_ignored(tmp_path):
     with pytest.raises(ValueError, match="lm_head"):
-        make_trainer(
-            tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])}
-        )
+        make_trainer(tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])})

@@ -1,7 +1,7 @@
 """Records as token ids, with tokenizers like byte-level BPE, SentencePiece and WordPiece (`tests.conftest`)."""
 
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from derta_plugins.core.chat import (
@@ -10,8 +10,8 @@ from derta_plugins.core.chat import (
     RecordTokenizer,
     ResponseEncoder,
     as_messages,
-    end_of_turn_ids,
     render_prompt,
+    turn_layout,
 )
 from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.records import AuthorsRow, BadRecordError, Triple
@@ -33,6 +33,8 @@ LLAMA_2 = (
     "{% elif m.role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
+TRIMMING = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+THINKING = CHATML.replace("{{ m.content }}", "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}")
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
@@ -64,12 +66,14 @@ class SlowTokenizer:
 
 
 def test_ids_of_a_triple_are_those_that_inference_sees(tokenizer):
-    """Prompt and generation prompt as the template renders them; a response is what follows in the joint text."""
+    """The prompt with the generation prompt, as the template renders them; then what it renders the answer to."""
     tokenized = RecordTokenizer(tokenizer).triple(TRIPLE)
-    rendered = tokenizer.apply_chat_template([TURN], add_generation_prompt=True, tokenize=False)
-    assert list(tokenized.prompt_ids) == ids_of(tokenizer, rendered)
+    assert list(tokenized.prompt_ids) == ids_of(tokenizer, render_prompt(tokenizer, [TURN]))
     for response, response_ids in ((SAFE, tokenized.chosen_ids), (HARMFUL, tokenized.rejected_ids)):
-        assert [*tokenized.prompt_ids, *response_ids] == ids_of(tokenizer, rendered + response)
+        whole = tokenizer.apply_chat_template([TURN, {"role": "assistant", "content": response}], tokenize=False)
+        ours = [*tokenized.prompt_ids, *response_ids]
+        assert ours == ids_of(tokenizer, whole)[: len(ours)]
+        assert tokenizer.decode(response_ids).strip() == tokenizer.decode(ids_of(tokenizer, response))
     assert list(tokenized.end_ids) == [tokenizer.eos_token_id]
     assert (tokenized.word_ends, tokenized.earlier_turns) == ((), ())
 
@@ -79,11 +83,14 @@ def test_messages_and_plain_text_give_the_same_ids(tokenizer):
     assert tokenize.triple(TRIPLE) == tokenize.triple(Triple((TURN,), SAFE, HARMFUL))
 
 
-def test_the_prompt_ids_are_those_of_apply_chat_template_with_tokenize(tokenizer):
+@pytest.mark.parametrize("maker", [*MAKERS, "byte-level BPE with special tokens"])
+def test_the_prompt_ids_are_those_of_apply_chat_template_with_tokenize(maker):
     """A template prints its own start token; a second one must not come from the tokenizer."""
-    prompt_ids = RecordTokenizer(tokenizer).triple(Triple(MULTI_TURN, SAFE, HARMFUL)).prompt_ids
+    tokenizer = MAKERS[maker]() if maker in MAKERS else with_special_tokens(byte_level_bpe())
+    tokenized = RecordTokenizer(tokenizer, need_word_ends=True).triple(Triple(MULTI_TURN, SAFE, HARMFUL))
     encoded = tokenizer.apply_chat_template(list(MULTI_TURN), add_generation_prompt=True, return_dict=True)
-    assert list(prompt_ids) == encoded["input_ids"]
+    assert list(tokenized.prompt_ids) == encoded["input_ids"]
+    assert tokenized.word_ends[-1] == len(tokenized.rejected_ids)
 
 
 def test_raw_prompts_are_taken_as_they_are():
@@ -103,7 +110,8 @@ def test_messages_take_the_template_even_when_plain_text_does_not():
 
 
 def with_special_tokens(tokenizer):
-    """A tokenizer that puts its start and end token around a text by itself, as Llama and T5 do."""
+    """A tokenizer that puts a start and an end token around a text by itself, as Llama's and T5's do."""
+    tokenizer.bos_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A <|im_end|>",
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>")],
@@ -114,11 +122,22 @@ def with_special_tokens(tokenizer):
 def test_an_end_token_that_the_tokenizer_adds_is_dropped_but_not_one_of_the_text():
     tokenizer = with_special_tokens(byte_level_bpe())
     bos, eos = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    encode = ResponseEncoder(tokenizer, add_special_tokens=True)
-    assert tokenizer("Sorry")["input_ids"][-1] == eos
-    assert encode("Sorry") == [bos, *ids_of(tokenizer, "Sorry")]
-    assert encode("Sorry<|im_end|>")[:3] == [bos, *ids_of(tokenizer, "Sorry"), eos]
+    assert tokenizer("Sorry")["input_ids"] == [bos, *ids_of(tokenizer, "Sorry"), eos]
+    assert ResponseEncoder(tokenizer, add_special_tokens=True)("Sorry") == [bos, *ids_of(tokenizer, "Sorry")]
     assert ResponseEncoder(tokenizer, add_special_tokens=False)("Sorry") == ids_of(tokenizer, "Sorry")
+    adds_nothing = ResponseEncoder(byte_level_bpe(), add_special_tokens=True)
+    assert adds_nothing("Sorry<|im_end|>") == [*ids_of(tokenizer, "Sorry"), eos]
+
+
+@pytest.mark.parametrize("prompt", ["Q: paint the", "paint the cas"], ids=["joint", "merges"])
+def test_special_tokens_do_not_move_the_word_ends(prompt):
+    tokenizer = with_special_tokens(byte_level_bpe(chat_template=None))
+    tokenize = RecordTokenizer(tokenizer, apply_chat_template=False, need_word_ends=True)
+    tokenized = tokenize.triple(Triple(prompt, SAFE, "tle wall" if prompt.endswith("cas") else " castle wall"))
+    assert tokenizer.bos_token_id not in tokenized.rejected_ids
+    prefixes = [tokenizer.decode(tokenized.rejected_ids[:end]) for end in tokenized.word_ends]
+    assert prefixes == (["tle", "tle wall"] if prompt.endswith("cas") else [" castle", " castle wall"])
+    assert tokenized.word_ends[-1] == len(tokenized.rejected_ids)
 
 
 def test_a_response_that_merges_with_the_prompt_is_tokenised_alone():
@@ -209,6 +228,16 @@ def test_a_token_may_go_on_with_white_space_after_the_word_it_ends():
     assert tokenized.word_ends == (2, 3)
 
 
+def test_a_word_that_the_tokenizer_drops_ends_nothing():
+    tokenizer = byte_level_bpe()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("🏰", "")
+    tokenize = RecordTokenizer(tokenizer, need_word_ends=True)
+    for text, words in (("the wall 🏰", ["the", "wall"]), ("the 🏰 wall", ["the", "wall"])):
+        tokenized = tokenize.triple(Triple(Q, SAFE, text))
+        decoded = [tokenizer.decode(tokenized.rejected_ids[:end]).split() for end in tokenized.word_ends]
+        assert decoded == [words[: number + 1] for number in range(len(words))]
+
+
 def test_word_ends_need_a_fast_tokenizer():
     slow = SlowTokenizer(byte_level_bpe())
     message = r"prefix_unit='word' needs a fast tokenizer, got SlowTokenizer\. Use prefix_unit='token'"
@@ -238,9 +267,10 @@ def test_a_config_asks_only_for_what_it_needs(knobs, wanted):
 # --- earlier turns ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["as it is", "trimmed"])
 @pytest.mark.parametrize("maker", [byte_level_bpe, word_level], ids=lambda maker: maker.__name__)
-def test_earlier_turns_are_the_assistants_answers_with_the_slot_after_each(maker):
-    tokenizer = maker()
+def test_earlier_turns_are_the_assistants_answers_with_the_slot_after_each(maker, template):
+    tokenizer = maker(chat_template=template)
     tokenized = RecordTokenizer(tokenizer, need_earlier_turns=True).triple(Triple(MULTI_TURN, SAFE, HARMFUL))
     spans = [list(tokenized.prompt_ids[start:stop]) for start, stop in tokenized.earlier_turns]
     answers = [message["content"] for message in MULTI_TURN if message["role"] == "assistant"]
@@ -264,46 +294,80 @@ def test_an_earlier_answer_that_the_template_leaves_out_is_refused():
     assert caught.value.field == "prompt"
 
 
-# --- end of turn -----------------------------------------------------------------------------------------------------
+# --- layout of a turn ------------------------------------------------------------------------------------------------
+
+
+def end_ids(tokenizer):
+    return list(turn_layout(tokenizer).end_ids)
 
 
 def test_end_of_turn_of_chatml_is_one_token_without_the_line_break():
     tokenizer = byte_level_bpe()
-    assert end_of_turn_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert end_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_end_of_turn_of_llama_2_is_the_end_token():
     tokenizer = metaspace_unigram(chat_template=LLAMA_2)
-    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert end_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_end_of_turn_of_a_template_is_taken_before_the_tokenizers_end_token():
-    """LLaMA-3 base tokenizers end a text with another token than their template ends a turn with."""
+def test_end_of_turn_of_a_template_goes_before_the_tokenizers_end_token():
+    """LLaMA-3's base tokenizer ends a text with another token than its template ends a turn with."""
     tokenizer = byte_level_bpe()
     tokenizer.eos_token = "<|endoftext|>"
-    assert end_of_turn_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert RecordTokenizer(tokenizer).triple(TRIPLE).end_ids == tuple(end_of_turn_ids(tokenizer))
+    assert end_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert list(RecordTokenizer(tokenizer).triple(TRIPLE).end_ids) == end_ids(tokenizer)
 
 
 def test_a_template_that_closes_with_nothing_takes_the_tokenizers_end_token():
     tokenizer = byte_level_bpe(chat_template=BARE)
-    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert end_ids(tokenizer) == [tokenizer.eos_token_id]
     tokenizer = byte_level_bpe(chat_template=BARE.replace("{{ m.content }}", "{{ m.content }}\n"))
-    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert end_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_an_end_of_turn_of_several_tokens_is_kept_whole():
     tokenizer = byte_level_bpe(chat_template=CHATML.replace("<|im_end|>\n", "<|im_end|><|pad|>\n"))
-    assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer)) == ["<|im_end|>", "<|pad|>"]
+    assert tokenizer.convert_ids_to_tokens(end_ids(tokenizer)) == ["<|im_end|>", "<|pad|>"]
 
 
 def test_no_end_at_all_is_refused():
     tokenizer = byte_level_bpe(chat_template=BARE)
     tokenizer.eos_token = None
     with pytest.raises(ChatTemplateError, match=r"Nothing ends an answer.*the model never learns to stop"):
-        end_of_turn_ids(tokenizer)
+        turn_layout(tokenizer)
     with pytest.raises(ChatTemplateError, match=r"Nothing ends an answer"):
         RecordTokenizer(tokenizer, apply_chat_template=False).triple(TRIPLE)
+
+
+# template: context, lead, whether it trims, and how the answer "  Sorry " stands in it
+LAYOUTS = {
+    "ChatML": (CHATML, "", "", False, "  Sorry "),
+    "ChatML that trims, as LLaMA-3": (TRIMMING, "", "", True, "Sorry"),
+    "space before the answer, as Llama 2": (LLAMA_2, "", " ", False, " Sorry"),
+    "empty thinking block, as Qwen 3": (THINKING, "<think>\n\n</think>\n\n", "", False, "  Sorry "),
+    "another header than the generation prompt": (BARE, "", "", False, "  Sorry "),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_stands_around_an_answer(name):
+    template, context, lead, trims, answer = LAYOUTS[name]
+    tokenizer = (metaspace_unigram if template is LLAMA_2 else byte_level_bpe)(chat_template=template)
+    layout = turn_layout(tokenizer)
+    assert (layout.context, layout.lead, layout.trims) == (context, lead, trims)
+    assert layout.answer("  Sorry ") == answer
+    assert layout.answer("Sorry") == lead + "Sorry"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_triple_is_laid_out_as_the_template_lays_it_out(name):
+    template, context, lead, _, _ = LAYOUTS[name]
+    tokenizer = (metaspace_unigram if template is LLAMA_2 else byte_level_bpe)(chat_template=template)
+    tokenized = RecordTokenizer(tokenizer).triple(TRIPLE)
+    assert list(tokenized.prompt_ids) == ids_of(tokenizer, render_prompt(tokenizer, [TURN]) + context)
+    joint = ids_of(tokenizer, render_prompt(tokenizer, [TURN]) + context + lead + SAFE)
+    assert [*tokenized.prompt_ids, *tokenized.chosen_ids] == joint
 
 
 # --- templates that fail ---------------------------------------------------------------------------------------------
@@ -315,7 +379,7 @@ def test_a_tokenizer_without_template_says_what_to_set(template):
     for call in (
         lambda: RecordTokenizer(tokenizer).triple(TRIPLE),
         lambda: render_prompt(tokenizer, [TURN]),
-        lambda: end_of_turn_ids(tokenizer),
+        lambda: turn_layout(tokenizer),
     ):
         with pytest.raises(
             ChatTemplateError, match=r"no chat template.*`chat_template_path`.*`apply_chat_template=False`"
@@ -335,7 +399,7 @@ def test_a_template_that_refuses_a_record_is_a_bad_record():
 def test_a_template_that_does_not_print_answers_is_refused():
     template = CHATML.replace("{{ m.content }}", "{{ '' if m.role == 'assistant' else m.content }}")
     with pytest.raises(ChatTemplateError, match=r"does not print the assistant's answer: '<\|im_start\|>user"):
-        end_of_turn_ids(byte_level_bpe(chat_template=template))
+        turn_layout(byte_level_bpe(chat_template=template))
 
 
 # --- rows of the authors' file ---------------------------------------------------------------------------------------
@@ -362,10 +426,11 @@ def test_an_authors_row_takes_the_tokenizers_own_start_token():
     assert tokenized.is_rto
 
 
-def test_an_end_token_inside_the_text_stays():
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_an_end_token_inside_the_text_stays(end):
     tokenizer = byte_level_bpe()
-    text_ids = RecordTokenizer(tokenizer).authors_row(AuthorsRow(PREFIX, " Sorry<|im_end|> Sorry", "mle")).text_ids
-    assert text_ids.count(tokenizer.eos_token_id) == 2
+    row = AuthorsRow(PREFIX, f" Sorry<|im_end|> Sorry{end}", "mle")
+    assert RecordTokenizer(tokenizer).authors_row(row).text_ids.count(tokenizer.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", f"  {AUTHORS_END_OF_TEXT}"])

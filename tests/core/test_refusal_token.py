@@ -1,16 +1,19 @@
 """Which id "sorry" is, for tokenizers of every family, and what is said when it is not one id."""
 
 import logging
+from collections import Counter
 
 import pytest
 
+from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.refusal_token import (
     RefusalToken,
     RefusalTokenError,
     auto_refusal_token,
     resolve_refusal_token,
     resolve_refusal_token_id,
-    warn_if_rare,
+    resolve_target,
+    warn_if_unfit,
 )
 from tests.conftest import SAFE, byte_level_bpe, metaspace_unigram, word_level
 
@@ -25,10 +28,11 @@ def id_of(tokenizer, piece):
 
 
 def first_id_after_generation_prompt(tokenizer, text):
-    """What a model has to generate first to answer with `text`."""
-    conversation = [{"role": "user", "content": "Hello"}]
-    prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    prompt_ids, joint = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (prompt, prompt + text))
+    """What a model has to generate first to answer with `text`, as the template renders that answer."""
+    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": text}]
+    prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    prompt_ids, joint = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (prompt, whole))
     assert joint[: len(prompt_ids)] == prompt_ids
     return joint[len(prompt_ids)]
 
@@ -72,18 +76,25 @@ def test_a_lower_casing_tokenizer_finds_the_word_in_any_case(caplog):
 
 
 def test_metaspace_takes_the_marked_piece_only_where_a_refusal_starts_with_it(caplog):
-    """After "[/INST]" without a space a word has no marker; after one it has, as in the middle of an answer."""
-    no_space = metaspace_unigram()
-    token = resolve_refusal_token(no_space, "Sorry")
-    assert (token.id, token.mid_answer_id) == (id_of(no_space, "Sorry"), id_of(no_space, "▁Sorry"))
+    """After "[/INST] " a word has a marker, as in the middle of an answer; behind a header without a space, none."""
+    tokenizer = metaspace_unigram()
+    marked = id_of(tokenizer, "▁Sorry")
+    assert resolve_refusal_token(tokenizer, "Sorry") == RefusalToken(marked, "Sorry", marked)
+    tokenizer.chat_template = None  # the text then starts an input of its own, which is marked too
+    assert resolve_refusal_token(tokenizer, "Sorry") == RefusalToken(marked, "Sorry", marked)
+    assert not caplog.records
+
+    no_space = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = no_space + "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert resolve_refusal_token(tokenizer, "Sorry") == RefusalToken(id_of(tokenizer, "Sorry"), "Sorry", marked)
     assert len(caplog.records) == 1
 
-    caplog.clear()
-    raw = metaspace_unigram()
-    raw.chat_template = None  # the text then starts an input of its own, which is marked
-    token = resolve_refusal_token(raw, "Sorry")
-    assert token.id == token.mid_answer_id == id_of(raw, "▁Sorry")
-    assert not caplog.records
+
+def test_the_target_stands_behind_what_a_template_puts_before_an_answer():
+    """Behind an empty thinking block and a space, say."""
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ ' ' }}{{ m.content }}")
+    assert resolve_refusal_token_id(tokenizer, "Sorry") == id_of(tokenizer, "ĠSorry")
 
 
 def test_several_pieces_are_listed_with_their_ids():
@@ -154,18 +165,62 @@ def test_auto_does_not_mistake_a_blank_first_token():
 
 
 def test_auto_needs_a_safe_response():
-    with pytest.raises(RefusalTokenError, match=r"needs at least one safe response, got none\. Set refusal_text"):
+    with pytest.raises(RefusalTokenError, match=r"needs at least one triple, got none .*Set refusal_text"):
         auto_refusal_token(byte_level_bpe(), [])
+
+
+# --- the target of a run ---------------------------------------------------------------------------------------------
+
+
+def target_of(knobs, chosen, rejected):
+    tokenizer = byte_level_bpe()
+    ids = [
+        Counter({id_of(tokenizer, piece): count for piece, count in counts.items()}) for counts in (chosen, rejected)
+    ]
+    return resolve_target(tokenizer, DeRTaConfig(**knobs), *ids)
+
+
+def test_auto_looks_at_safe_responses_alone():
+    target = target_of({}, {"Sorry": 3, "Step": 1}, {"Step": 9, "Sorry": 1})
+    assert (target.text, target.share, target.share_of_harmful) == ("Sorry", 0.75, 0.1)
+
+
+def test_a_named_text_goes_before_the_commonest():
+    target = target_of({"refusal_text": "Sorry"}, {"Sorry": 1, "Step": 3}, {"Step": 1})
+    assert (target.text, target.share, target.share_of_harmful) == ("Sorry", 0.25, 0.0)
+
+
+def test_a_named_text_needs_no_triple_and_knows_no_share():
+    target = target_of({"refusal_text": "Sorry"}, {}, {})
+    assert (target.text, target.share, target.share_of_harmful) == ("Sorry", None, None)
+    with pytest.raises(RefusalTokenError, match=r"needs at least one triple"):
+        target_of({}, {}, {"Step": 1})
+
+
+def test_the_first_piece_on_request_of_the_config():
+    with pytest.raises(RefusalTokenError, match=r"must be one token"):
+        target_of({"refusal_text": "Unfortunately"}, {}, {})
+    target = target_of({"refusal_text": "Unfortunately", "allow_first_piece": True}, {}, {})
+    assert "Unfortunately".startswith(target.text)
 
 
 @pytest.mark.parametrize(
     ("share", "warns"), [(0.0, True), (0.25, True), (0.499, True), (0.5, False), (1.0, False), (None, False)]
 )
 def test_a_target_that_few_safe_responses_begin_with_is_warned_of(caplog, share, warns):
-    warn_if_rare(RefusalToken(285, "Sorry", None, share))
+    warn_if_unfit(RefusalToken(285, "Sorry", None, share))
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * warns
     if warns:
         assert (
             f"Only {100 * share:.0f} % of the safe responses begin with the RTO target 'Sorry' (id 285)" in caplog.text
         )
         assert "refusal_text='auto'" in caplog.text
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.0, False), (0.5, False), (0.501, True), (1.0, True), (None, False)])
+def test_a_target_that_most_harmful_responses_begin_with_is_warned_of(caplog, share, warns):
+    warn_if_unfit(RefusalToken(285, "<", None, 1.0, share))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * warns
+    if warns:
+        assert f"{100 * share:.0f} % of the harmful responses begin with the RTO target '<' (id 285) too" in caplog.text
+        assert "take common markup off both sides" in caplog.text
