@@ -476,6 +476,7 @@ COUNTS = {
         [[7, 8, 9], [3, 4, 5]],
         [4, 0, 2],
     ),
+    "a target at the start of a sequence is its own": ([[5, 6, 7]], [[0, 0, 0]], [[0, 1, 0]], [2, 0, 2]),
     "without position_ids a row is one sequence": ([[I, 5, I, 6]], [[0, 0, 0, 0]], None, [2, 0, 1]),
     "nothing": ([[I, I], [I, I]], [[1, 1], [0, 0]], [[0, 1], [0, 1]], [0, 0, 0]),
 }

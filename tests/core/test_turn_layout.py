@@ -10,7 +10,8 @@ from tests.conftest import CHATML, HARMFUL, SAFE, byte_level_bpe, metaspace_unig
 TRIMMING = CHATML.replace("m.content", "m.content | trim")
 # An empty thinking block in front of the last answer, which the generation prompt does not hold (as Qwen 3 renders it).
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
