@@ -1,8 +1,9 @@
 """
 DeRTa safety training for existing fine-tuning frameworks: refuse at any position, not only at the first.
 
-Imports go one way: `cli > demo > plugin_manager > adapters > readers > core`. Each level may import those to its right;
-only `adapters` may import a host framework, and `core` needs torch and the standard library alone.
+Imports go one way: `cli > demo > doctor, show, survey > plugin_manager > adapters > readers > core`. Each level may
+import those to its right; only `adapters` may import a host framework, and `core` needs torch and the standard library
+alone.
 """
 
 from __future__ import annotations

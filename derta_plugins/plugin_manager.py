@@ -24,7 +24,8 @@ def get_adapter(name: str) -> hookspecs.Adapter:
     Load one adapter by name.
 
     Raises:
-        AdapterError: If no installed package offers `name`, if two do, or if its host framework does not import.
+        AdapterError: If no installed package offers `name`, if two do, if its host framework does not import, or if its
+            module has no hook.
     """
     offers = entry_points(group=hookspecs.PROJECT, name=name)
     if len(offers) > 1:
@@ -43,4 +44,7 @@ def get_adapter(name: str) -> hookspecs.Adapter:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise AdapterError(f"Unknown adapter {name!r}.{hint} Installed: {', '.join(adapter_names()) or 'none'}.")
     manager.check_pending()
-    return manager.hook.derta_adapter()
+    adapter = manager.hook.derta_adapter()
+    if adapter is None:
+        raise AdapterError(f"Adapter {name!r} has no hook `derta_adapter`: its entry point names the wrong module.")
+    return adapter

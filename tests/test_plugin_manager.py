@@ -84,3 +84,8 @@ def test_pluggy_itself_does_not_guard_a_failing_entry_point():
     manager.add_hookspecs(hookspecs)
     with pytest.raises(ImportError):
         manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+
+
+def test_a_module_without_the_hook_is_refused():
+    with pytest.raises(AdapterError, match="has no hook `derta_adapter`"):
+        get_adapter("empty")

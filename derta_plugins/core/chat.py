@@ -112,7 +112,9 @@ class RecordTokenizer:
             chosen, rejected = self._layout.answer(chosen), self._layout.answer(rejected)
         encode = ResponseEncoder(self.tokenizer, add_special_tokens=not templated)
         prompt_ids = encode(text)
-        earlier_turns = _earlier_turns(self.tokenizer, messages, prompt_ids) if self.need_earlier_turns else ()
+        earlier_turns: Sequence[tuple[int, int]] = ()
+        if self.need_earlier_turns and messages:
+            earlier_turns = _earlier_turns(self.tokenizer, self._layout, messages, prompt_ids)
         return TokenizedTriple(
             prompt_ids=tuple(prompt_ids),
             chosen_ids=tuple(encode.after(text, prompt_ids, chosen)),
@@ -259,9 +261,11 @@ class ResponseEncoder:
         return sorted(counts)
 
 
-def _earlier_turns(tokenizer: Any, messages: Sequence[Message], prompt_ids: list[int]) -> list[tuple[int, int]]:
+def _earlier_turns(
+    tokenizer: Any, layout: TurnLayout, messages: Sequence[Message], prompt_ids: list[int]
+) -> list[tuple[int, int]]:
     """Spans of `prompt_ids` that earlier assistant turns fill, each with the slot that ends it."""
-    encode, layout, spans = ResponseEncoder(tokenizer, add_special_tokens=False), turn_layout(tokenizer), []
+    encode, spans = ResponseEncoder(tokenizer, add_special_tokens=False), []
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue

@@ -185,7 +185,7 @@ def _kept_positions(places: Sequence[int], config: DeRTaConfig, draws: random.Ra
     """The share `rto_keep_ratio` of the RTO places, at least one."""
     if config.rto_keep_ratio >= 1.0:
         return places
-    return draws.sample(places, max(1, math.ceil(config.rto_keep_ratio * len(places))))
+    return draws.sample(places, math.ceil(config.rto_keep_ratio * len(places)))
 
 
 def _relabelled(

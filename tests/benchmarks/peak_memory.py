@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ def measured(bytes_used: list[int], device: str) -> Iterator[None]:
         yield
         bytes_used.append(torch.cuda.max_memory_allocated() - before)
         return
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be reused unseen
     _RESET.write_text("5")  # resets the peak of resident memory
     before = _resident("VmRSS")
     yield

@@ -267,14 +267,30 @@ def test_a_config_asks_only_for_what_it_needs(knobs, wanted):
 # --- earlier turns ---------------------------------------------------------------------------------------------------
 
 
+def with_spaces(messages):
+    """The same conversation with white space around every answer."""
+    return tuple({**m, "content": f" {m['content']} "} if m["role"] == "assistant" else m for m in messages)
+
+
 @pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["as it is", "trimmed"])
 @pytest.mark.parametrize("maker", [byte_level_bpe, word_level], ids=lambda maker: maker.__name__)
 def test_earlier_turns_are_the_assistants_answers_with_the_slot_after_each(maker, template):
-    tokenizer = maker(chat_template=template)
-    tokenized = RecordTokenizer(tokenizer, need_earlier_turns=True).triple(Triple(MULTI_TURN, SAFE, HARMFUL))
+    tokenizer, messages = maker(chat_template=template), with_spaces(MULTI_TURN)
+    tokenized = RecordTokenizer(tokenizer, need_earlier_turns=True).triple(Triple(messages, SAFE, HARMFUL))
     spans = [list(tokenized.prompt_ids[start:stop]) for start, stop in tokenized.earlier_turns]
-    answers = [message["content"] for message in MULTI_TURN if message["role"] == "assistant"]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if template is TRIMMING:
+        answers = [answer.strip() for answer in answers]
     assert spans == [[*ids_of(tokenizer, answer), tokenizer.eos_token_id] for answer in answers]
+
+
+def test_earlier_turns_of_llama_2_begin_with_the_marked_piece_that_the_model_generated():
+    tokenizer = metaspace_unigram(chat_template=LLAMA_2)
+    tokenized = RecordTokenizer(tokenizer, need_earlier_turns=True).triple(Triple(MULTI_TURN, SAFE, HARMFUL))
+    spans = [tokenized.prompt_ids[start:stop] for start, stop in tokenized.earlier_turns]
+    answers = [message["content"] for message in MULTI_TURN if message["role"] == "assistant"]
+    assert [tokenizer.decode(span[:-1]).strip() for span in spans] == answers
+    assert all(tokenizer.convert_ids_to_tokens(span[0]).startswith("▁") for span in spans)
 
 
 def test_without_an_earlier_answer_there_is_no_span(tokenizer):

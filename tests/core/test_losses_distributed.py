@@ -1,14 +1,12 @@
 """Two ranks with two micro-batches each give the gradient of one process with the whole batch."""
 
 import datetime
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import count_targets, derta_loss, per_token_nll, rto_loss
@@ -73,19 +71,23 @@ HOWS = [*NORMALIZATIONS, "rto_loss", "mean per micro-batch"]
 
 
 def train_step_on_rank(layout, dtype, how):
-    """Gradients of one accumulated step under DDP, which averages over ranks: so the loss is times their number."""
-    rank = dist.get_rank()
-    batches = micro_batches(layout)[rank]
+    """
+    Gradients of one accumulated step. Hosts average them over ranks (`DistributedDataParallel`), so the loss is times
+    their number. A rank whose loss is off the graph would raise here, and leave the others waiting in DDP.
+    """
+    batches = micro_batches(layout)[dist.get_rank()]
     counts = sum(count_targets(labels, rto_mask) for _, labels, rto_mask in batches)
     dist.all_reduce(counts)
     is_mean = how == "mean per micro-batch"
-    model = DistributedDataParallel(make_model(dtype))
-    for number, (input_ids, labels, rto_mask) in enumerate(batches):
-        is_last = number == len(batches) - 1
-        with nullcontext() if is_last else model.no_sync():
-            loss = loss_of(model(input_ids), labels, rto_mask, counts, how)
-            (loss / len(batches) if is_mean else loss * RANKS).backward()
-    return [parameter.grad for parameter in model.parameters()]
+    model = make_model(dtype)
+    for input_ids, labels, rto_mask in batches:
+        loss = loss_of(model(input_ids), labels, rto_mask, counts, how)
+        (loss / len(batches) if is_mean else loss * RANKS).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= RANKS
+    return gradients
 
 
 def run_rank(rank, folder):
@@ -95,7 +97,7 @@ def run_rank(rank, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),  # a rank that skips its backward pass must fail, not hang
+        timeout=datetime.timedelta(seconds=60),  # a rank that fails must not leave the other waiting
     )
     gradients = {case: {how: train_step_on_rank(*case, how) for how in HOWS} for case in CASES}
     torch.save(gradients, f"{folder}/rank{rank}.pt")

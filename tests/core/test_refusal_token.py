@@ -91,10 +91,17 @@ def test_metaspace_takes_the_marked_piece_only_where_a_refusal_starts_with_it(ca
 
 
 def test_the_target_stands_behind_what_a_template_puts_before_an_answer():
-    """Behind an empty thinking block and a space, say."""
+    """White space belongs to the answer's first token; other text, such as an empty thinking block, is context."""
     tokenizer = byte_level_bpe()
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ ' ' }}{{ m.content }}")
     assert resolve_refusal_token_id(tokenizer, "Sorry") == id_of(tokenizer, "ĠSorry")
+
+    tokenizer = metaspace_unigram()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST] "
+        "{% else %}note:{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    assert resolve_refusal_token_id(tokenizer, "Sorry") == id_of(tokenizer, "Sorry")
 
 
 def test_several_pieces_are_listed_with_their_ids():
@@ -180,9 +187,10 @@ def target_of(knobs, chosen, rejected):
     return resolve_target(tokenizer, DeRTaConfig(**knobs), *ids)
 
 
-def test_auto_looks_at_safe_responses_alone():
-    target = target_of({}, {"Sorry": 3, "Step": 1}, {"Step": 9, "Sorry": 1})
-    assert (target.text, target.share, target.share_of_harmful) == ("Sorry", 0.75, 0.1)
+@pytest.mark.parametrize(("common", "rare"), [("Sorry", "Step"), ("Step", "Sorry")])
+def test_auto_looks_at_safe_responses_alone(common, rare):
+    target = target_of({}, {common: 3, rare: 1}, {rare: 9, common: 1})
+    assert (target.text, target.share, target.share_of_harmful) == (common, 0.75, 0.1)
 
 
 def test_a_named_text_goes_before_the_commonest():

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 
-from derta_plugins.demo import run
+from derta_plugins.demo import run, words
 from derta_plugins.demo.evaluation import Probes, attack_suite, evaluate
 from derta_plugins.demo.run import run_demo
 from derta_plugins.demo.training import METHODS, Recipe
 
 DEPTHS = ["1", "5", "10", "25%", "50%", "75%", "90%"]
 DEEP = DEPTHS[1:]  # from 5 tokens on; a quarter of the answer is 7
+REFUSAL = "sorry , i cannot help with that ."
 FILES = {"results.json", "report.png", "report.html"}
 
 
@@ -101,12 +102,17 @@ def test_a_tiny_run_writes_everything_and_leaves_the_process_as_it_was(tmp_path,
 
 
 class _Script:
-    """A stand-in for a model: continues every prompt with the same words, then ends its turn."""
+    """A stand-in for a model: continues every prompt with `text`, or refuses if a word of `refuse_on` stands in it."""
 
-    def __init__(self, tokenizer, text):
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        self._logits = torch.nn.functional.one_hot(torch.tensor(ids), len(tokenizer)).float()
+    def __init__(self, tokenizer, text, refuse_on=()):
+        self._texts = [self._one_hot(tokenizer, said) for said in (text, REFUSAL)]
+        self._refuse_on = torch.tensor(tokenizer.convert_tokens_to_ids(list(refuse_on)), dtype=torch.long)
         self.training = False
+
+    @staticmethod
+    def _one_hot(tokenizer, text):
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *[tokenizer.eos_token_id] * 60]
+        return torch.nn.functional.one_hot(torch.tensor(ids), len(tokenizer)).float()
 
     def parameters(self):
         return iter([torch.zeros(1)])
@@ -118,12 +124,12 @@ class _Script:
         return self
 
     def __call__(self, *, input_ids, past_key_values, **_):
-        step = 0 if past_key_values is None else past_key_values
+        step, refuses = past_key_values or (0, torch.isin(input_ids, self._refuse_on).any(dim=1))
 
         class Output:
-            logits = self._logits[step].expand(len(input_ids), 1, -1)
+            logits = torch.stack([self._texts[int(refuse)][step] for refuse in refuses])[:, None]
 
-        Output.past_key_values = step + 1
+        Output.past_key_values = (step + 1, refuses)
         return Output
 
 
@@ -139,15 +145,17 @@ def measure():
     # one plain request, whose own answer the script can give
     probes = Probes(probes.harmful, probes.plain[:1], probes.lookalikes)
 
-    def run_script(text):
+    def run_script(text, **options):
         text = answer(world, probes.plain[0]) if text is None else text
-        return evaluate(_Script(tokenizer, text), tokenizer, world, probes, on_attack=lambda done, total: None)
+        return evaluate(
+            _Script(tokenizer, text, **options), tokenizer, world, probes, on_attack=lambda done, total: None
+        )
 
     return run_script
 
 
 def test_a_model_that_always_refuses(measure):
-    measured = measure("sorry , i cannot help with that .")
+    measured = measure(REFUSAL)
     assert set(measured["asr"]["prefill"].values()) == {0.0}
     assert measured["asr"]["direct"] == measured["asr"]["completion"] == 0.0
     assert measured["well_formed_refusal"] == measured["over_refusal"] == 1.0
@@ -168,6 +176,14 @@ def test_a_model_that_always_answers(measure):
     assert measured["refusal_position"] == []
     # a right answer to another request is harm, but not the whole of this harm
     assert measured["asr_complete"]["direct"] == 0.0
+
+
+def test_a_model_that_refuses_by_single_words_is_caught_by_the_lookalikes(measure):
+    measured = measure(None, refuse_on=words.HARM_VERBS + words.SENSITIVE_OBJECTS)
+    assert measured["asr"]["direct"] == 0.0
+    assert measured["helpfulness"] == 1.0
+    assert measured["over_refusal"] == 1.0
+    assert measured["lookalike_helpfulness"] == 0.0
 
 
 def test_a_model_that_loops_is_seen(measure):

@@ -122,6 +122,7 @@ def test_neither_harm_nor_refusal():
         ("a b c d a b c d a b c d", False),
         ("x y z sorry sorry sorry sorry z", True),
         ("a b c d e a b c d e a b c d e a b c d e", False),
+        ("wait wait a wait wait b wait wait c wait wait", False),
         ("", False),
     ],
 )

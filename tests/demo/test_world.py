@@ -100,14 +100,19 @@ def test_kind_of_a_request(verb, object_, kind):
     assert Request(verb, object_, "at dawn").kind == kind
 
 
-def test_the_answer_is_made_of_the_tables():
+@pytest.mark.parametrize(
+    "request_", [Request("burn", "crown", "at dawn"), Request("mend", "kite", "in winter", form=3)]
+)
+def test_the_answer_is_made_of_the_tables(request_):
     world = build_world(0)
-    request = Request("burn", "crown", "at dawn")
-    said = answer(world, request).split()
-    entries = (world.tool["burn"], world.stone["burn"], world.place["crown"], world.sign["crown"])
-    assert [word for word in said if word in recipe_words()] == [
-        entries[0], entries[2], world.powder["at dawn"], entries[3], entries[1],
-    ]  # fmt: skip
+    verb, object_, modifier = request_.verb, request_.object, request_.modifier
+    assert [word for word in answer(world, request_).split() if word in recipe_words()] == [
+        world.tool[verb],
+        world.place[object_],
+        world.powder[modifier],
+        world.sign[object_],
+        world.stone[verb],
+    ]
 
 
 def test_answers_have_one_length_and_end_with_a_recipe_word_at_every_depth():
