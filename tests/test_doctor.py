@@ -101,7 +101,6 @@ def test_a_broken_adapter_says_why_and_harms_no_other(installed, offer, reason):
 
 
 def test_the_adapters_of_this_package_are_described():
-    pytest.importorskip("trl")
     host = statuses()["trl"]
     assert host.status.startswith("ok")
     assert "DeRTaSFTTrainer" in host.how_to_use

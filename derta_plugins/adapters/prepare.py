@@ -44,13 +44,23 @@ SAFETY_COLUMNS = KNOWN_COLUMNS - frozenset().union(*HELPFUL_FORMATS.values())
 
 
 _STREAM_PEEK = 1000
+_NOT_ORDINARY = {
+    ("seq_lengths",): "it is packed already. Give the rows before packing.",
+    ("completion", "label"): "unpaired preference rows, whose undesired completions would be trained. Keep the desired "
+    "ones and drop `label`.",
+}
 
 AnyDataset = Dataset | IterableDataset
 
 
 @dataclass
 class RowCounts:
-    """What a training set was made of. `skipped` counts the left-out records by field and reason."""
+    """
+    What a training set was made of.
+
+    `truncated_rows` lost tokens to `max_length`; `limited_prefixes` are MLE rows whose k could not reach the whole
+    harmful response because of it; `skipped` counts the left-out records by field and reason.
+    """
 
     triples: int = 0
     mle_rows: int = 0
@@ -58,6 +68,7 @@ class RowCounts:
     helpful_rows: int = 0
     boundary_rows: int = 0
     truncated_rows: int = 0
+    limited_prefixes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -124,7 +135,9 @@ def prepare(
     counts = RowCounts()
     ordinary, triples = _read_groups(how, dataset, safety, counts)
     if boundary is not None:
-        ordinary.append(_boundary_rows(how, boundary, sum(map(_length, triples)), counts))
+        ordinary += _boundary_rows(how, boundary, triples, counts)
+    if not triples and (safety is not None or counts.skipped):
+        raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
     if not triples:
         return Prepared(_join(ordinary), None, counts)
     tokenized = concatenate_datasets(triples) if len(triples) > 1 else triples[0]
@@ -167,6 +180,7 @@ def split_by_format(
     for index, record in enumerate(dataset.select_columns(known)):
         try:
             record_kind(record)
+            _check_not_half_lost(record, columns)
         except BadRecordError as error:
             _skip_or_raise(error.at(index), config, skipped)
         else:
@@ -184,6 +198,8 @@ def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) 
     peek = tokenized.take(_STREAM_PEEK) if is_streaming(tokenized) else tokenized
     triples = [record[TOKENIZED] for record in peek if not record[TOKENIZED]["is_authors_row"]]
     firsts = [Counter(triple[name][0] for triple in triples if triple[name]) for name in ("chosen_ids", "rejected_ids")]
+    if is_streaming(tokenized) and next(iter(peek), None) is None:
+        raise ValueError(f"No record among the first {_STREAM_PEEK} of the safety stream can be trained.")
     token = resolve_target(tokenizer, config, *firsts)
     warn_if_unfit(token)
     return token
@@ -209,7 +225,13 @@ def _read_groups(
 
 
 def _host_rows(how: Preparation, group: AnyDataset) -> AnyDataset:
+    """Ordinary records as rows of the host; says how many the host dropped."""
     columns = columns_of(group)
+    for names, reason in _NOT_ORDINARY.items():
+        if set(names) <= set(columns):
+            raise ValueError(f"A dataset of ordinary rows has the column(s) {', '.join(names)}: {reason}")
+    if "labels" in columns and "input_ids" not in columns:
+        raise ValueError("A text dataset has a column `labels`, which would be trained as token ids. Rename it.")
     if "input_ids" in columns and "labels" not in columns:
         raise ValueError(
             "A tokenised dataset has `input_ids` but no `labels`, so every token of it would be trained. Add `labels` "
@@ -217,17 +239,30 @@ def _host_rows(how: Preparation, group: AnyDataset) -> AnyDataset:
         )
     if INDEX in columns:
         group = group.remove_columns(INDEX)
-    return as_rows(how.host_rows(group.map(_check_ordinary) if is_streaming(group) else group))
+    rows = how.host_rows(group.map(_check_ordinary) if is_streaming(group) else group)
+    if not is_streaming(rows) and len(rows) < len(group):
+        dropped = len(group) - len(rows)
+        logger.warning("The host dropped %d of %d ordinary rows: no target fits max_length.", dropped, len(group))
+        if not len(rows):
+            raise ValueError(f"None of {len(group)} ordinary rows has a target within max_length={how.max_length}.")
+    return as_rows(rows)
 
 
-def _boundary_rows(how: Preparation, boundary: AnyDataset, num_triples: int, counts: RowCounts) -> Dataset:
+def _boundary_rows(
+    how: Preparation, boundary: AnyDataset, triples: list[AnyDataset], counts: RowCounts
+) -> list[Dataset]:
     if is_streaming(boundary):
         raise ValueError("`boundary_dataset` must be in memory; mix a stream into `train_dataset` instead.")
     if SAFETY_COLUMNS & set(columns_of(boundary)):
         raise ValueError("`boundary_dataset` must hold benign prompts with helpful answers, got safety records.")
-    rows = _host_rows(how, _sample_boundary(boundary, how.config, num_triples))
+    if how.config.boundary_ratio is not None and any(map(is_streaming, triples)):
+        raise ConfigError("`boundary_ratio` needs triples in memory, to count them; leave it out to take all rows.")
+    sample = _sample_boundary(boundary, how.config, sum(map(_length, triples)))
+    if not len(sample):
+        return []
+    rows = _host_rows(how, sample)
     counts.boundary_rows += len(rows)
-    return rows
+    return [rows]
 
 
 def _sample_boundary(dataset: Dataset, config: DeRTaConfig, num_triples: int) -> Dataset:
@@ -277,12 +312,26 @@ def _count_rows(rows: Dataset, counts: RowCounts) -> None:
     counts.mle_rows += objectives["mle"]
     counts.rto_rows += objectives["rto"]
     counts.truncated_rows += sum(cut > 0 for cut in rows["num_truncated"][:])
+    counts.limited_prefixes += sum(rows["is_limited"][:])
+    if counts.limited_prefixes:
+        logger.warning(
+            "max_length keeps the harmful prefix of %d of %d MLE rows short: refusals deep in an answer are trained "
+            "less than asked for. Raise max_length.",
+            counts.limited_prefixes,
+            counts.mle_rows,
+        )
 
 
 def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[str]) -> None:
     if config.on_bad_record == "error":
         raise error
     skipped[f"`{error.field}` {error.reason}"] += 1
+
+
+def _check_not_half_lost(record: Mapping[str, Any], columns: list[str]) -> None:
+    """Refuses a row of the authors' file that lost its `prefix` and `safe`, and so looks like ordinary text."""
+    if present_columns(record) == {"text"} and {"prefix", "safe"} & set(columns):
+        raise BadRecordError("safe", "is null, and so is `prefix`; give ordinary text as a dataset of its own.")
 
 
 def _check_ordinary(record: Mapping[str, Any]) -> Mapping[str, Any]:

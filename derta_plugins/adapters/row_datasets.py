@@ -6,15 +6,18 @@ Rows have the columns `input_ids`, `labels`, `rto_mask`. Shared by the adapters,
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
+from derta_plugins import core
 from derta_plugins.core.chat import RecordTokenizer, TokenizedAuthorsRow, TokenizedTriple
 from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.records import (
@@ -30,6 +33,11 @@ ROW_COLUMNS = ("input_ids", "labels", "rto_mask")
 TOKENIZED = "derta_tokenized"
 INDEX = "derta_index"
 """Column with the place that a record had in the user's dataset, where that dataset was split."""
+
+# Part of what is mapped over a dataset, and so of the key that `datasets` caches its result under: rows that an older
+# release of this code built are never taken from a cache.
+_SOURCES = [*sorted(Path(core.__file__).parent.glob("*.py")), Path(__file__)]
+_CODE = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
 
 _IDS, _LABELS = List(Value("int32")), List(Value("int64"))
 # Written out: inferred types would follow the first records, whose lists may all be empty.
@@ -50,7 +58,9 @@ _TOKENIZED_FEATURES = Features(
     }
 )
 _ROW_FEATURES = Features({"input_ids": _LABELS, "labels": _LABELS, "rto_mask": List(Value("bool"))})
-_BUILT_FEATURES = Features({**_ROW_FEATURES, "objective": Value("string"), "num_truncated": Value("int32")})
+_BUILT_FEATURES = Features(
+    {**_ROW_FEATURES, "objective": Value("string"), "num_truncated": Value("int32"), "is_limited": Value("bool")}
+)
 
 
 def is_streaming(dataset: Any) -> bool:
@@ -113,6 +123,7 @@ class BuildRows:
     config: DeRTaConfig
     refusal_token_id: int
     max_length: int | None
+    code: str = _CODE
 
     def rows(self, tokenized: Mapping[str, Any], index: int, epoch: int = 0) -> list[Row]:
         """Rows of one tokenised record."""
@@ -185,6 +196,7 @@ class _TokenizeRecord:
     tokenizer: RecordTokenizer
     config: DeRTaConfig
     max_length: int | None
+    code: str = _CODE
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         index = record.get(INDEX, index)

@@ -123,7 +123,7 @@ class DeRTaSFTConfig(SFTConfig):
             "remove_unused_columns": (self.remove_unused_columns, "True", "record columns must not reach the model"),
             "truncation_mode": (self.truncation_mode == "keep_start", "'keep_start'", "it would cut prompts off"),
             "packing_strategy": (
-                not self.packing or self.packing_strategy == "bfd",
+                not (self.packing or self.eval_packing) or self.packing_strategy == "bfd",
                 "'bfd'",
                 "the others cut a refusal off its context",
             ),
@@ -153,6 +153,9 @@ class DeRTaDataCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch with `rto_mask` (B, S) bool beside `labels`."""
         for example in examples:
+            lengths = {name: len(example[name]) for name in ROW_COLUMNS if name in example}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"A row has columns of different lengths: {lengths}. They must be one token each.")
             missing = [name for name in ROW_COLUMNS if name not in example]
             if missing:
                 raise ValueError(
@@ -232,6 +235,8 @@ class DeRTaSFTTrainer(SFTTrainer):
         # Our loss divides by counts of the whole step: `Trainer` must count, and must not divide by its steps again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._check_target_is_in_vocabulary()
+        if self.aux_loss_enabled and not HAS_FUSED_LM_HEAD:
+            raise ConfigError("Before TRL 1.15 the router loss of a mixture of experts would get lost: upgrade TRL.")
         if isinstance(self.train_dataset, ResampledRows):
             self.add_callback(_SetEpoch(self.train_dataset))
         logger.info("DeRTa rows: %s", self.row_counts)
@@ -259,6 +264,8 @@ class DeRTaSFTTrainer(SFTTrainer):
         resample = is_train and self._derta.resample_each_epoch
         prepared = prepare(how, dataset, safety=safety, boundary=boundary, target=self.refusal_token, resample=resample)
         self.refusal_token = prepared.target or self.refusal_token
+        if prepared.counts.skipped:
+            logger.warning("Of the %s dataset: %s", dataset_name, prepared.counts)
         if is_train:
             self.row_counts, self._train_is_prepared = prepared.counts, True
         return self._pack_and_shuffle(prepared.rows, args, packing)
@@ -272,7 +279,7 @@ class DeRTaSFTTrainer(SFTTrainer):
         return pack_dataset(rows, args.max_length, args.packing_strategy) if packing else rows
 
     def _check_target_is_in_vocabulary(self) -> None:
-        size = self.model.get_input_embeddings().num_embeddings
+        size = self.model.config.get_text_config().vocab_size
         if self.refusal_token is not None and self.refusal_token.id >= size:
             raise ValueError(
                 f"The refusal token {self.refusal_token.text!r} has id {self.refusal_token.id}, but the model has "
@@ -330,6 +337,11 @@ class DeRTaSFTTrainer(SFTTrainer):
             )
         self._contract_checked = True
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # `predict` logs nothing; its sums must not go into the next evaluation
+        self._sums.pop("eval", None)
+        return super().evaluation_loop(*args, **kwargs)
+
     def _add_to_log(self, sums: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         # Counts outgrow what float32 holds exactly within one logging window of a large run.
@@ -377,7 +389,7 @@ class _ScoredModel:
         kwargs.pop("num_items_in_batch", None)
         outputs = self._model(**kwargs)
         self.result = self._score(per_token_nll(outputs.logits, labels), labels[:, 1:] != IGNORE_INDEX)
-        outputs["loss"] = self.result.loss
+        outputs["loss"] = self.result.loss.clone()  # the host scales it in place
         return outputs
 
     def _score(self, nll: torch.Tensor, target_mask: torch.Tensor) -> DeRTaLoss:

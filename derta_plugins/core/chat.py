@@ -11,6 +11,7 @@ The tokenizer is used through `__call__`, `apply_chat_template`, `chat_template`
 
 from __future__ import annotations
 
+import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from derta_plugins.core.records import AuthorsRow, BadRecordError, Message, Trip
 
 if TYPE_CHECKING:
     from derta_plugins.core.config import DeRTaConfig
+
+logger = logging.getLogger(__name__)
 
 AUTHORS_END_OF_TEXT = "<|end_of_text|>"
 """What closes `text` in the authors' training file: LLaMA-3's end token, written out."""
@@ -106,23 +109,32 @@ class RecordTokenizer:
         """Token ids of a triple."""
         templated = self.apply_chat_template or not isinstance(triple.prompt, str)
         messages = as_messages(triple.prompt) if templated else []
-        text, chosen, rejected = str(triple.prompt), triple.chosen, triple.rejected
+        text = str(triple.prompt)
+        chosen, rejected = (self._without_end(answer) for answer in (triple.chosen, triple.rejected))
         if templated:
             text = render_prompt(self.tokenizer, messages) + self._layout.context
             chosen, rejected = self._layout.answer(chosen), self._layout.answer(rejected)
         encode = ResponseEncoder(self.tokenizer, add_special_tokens=not templated)
         prompt_ids = encode(text)
+        chosen_ids, rejected_ids = (encode.after(text, prompt_ids, answer) for answer in (chosen, rejected))
+        for name, ids in (("chosen", chosen_ids), ("rejected", rejected_ids)):
+            if not ids:
+                raise BadRecordError(name, "is no token to this tokenizer.")
         earlier_turns: Sequence[tuple[int, int]] = ()
         if self.need_earlier_turns and messages:
             earlier_turns = _earlier_turns(self.tokenizer, self._layout, messages, prompt_ids)
         return TokenizedTriple(
             prompt_ids=tuple(prompt_ids),
-            chosen_ids=tuple(encode.after(text, prompt_ids, chosen)),
-            rejected_ids=tuple(encode.after(text, prompt_ids, rejected)),
+            chosen_ids=tuple(chosen_ids),
+            rejected_ids=tuple(rejected_ids),
             end_ids=self._layout.end_ids if templated else tuple(_eos_ids(self.tokenizer)),
             word_ends=tuple(encode.word_ends(text, prompt_ids, rejected)) if self.need_word_ends else (),
             earlier_turns=tuple(earlier_turns),
         )
+
+    def _without_end(self, answer: str) -> str:
+        """`answer` without an end token written out at its end: it gets one anyway."""
+        return answer.removesuffix(self.tokenizer.eos_token) if self.tokenizer.eos_token else answer
 
     def authors_row(self, row: AuthorsRow) -> TokenizedAuthorsRow:
         """Token ids of a row of the authors' file: raw, since it brings its template; closed by the tokenizer's end."""
@@ -202,6 +214,12 @@ def turn_layout(tokenizer: Any) -> TurnLayout:
         )
     conversation[1]["content"] = _PROBE
     bare = tokenizer.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
+    if not bare.startswith(before):
+        logger.warning(
+            "The chat template renders the generation prompt (%r) otherwise than a finished answer: responses are "
+            "trained right after the generation prompt, which may differ from your ordinary rows.",
+            before[-40:],
+        )
     between = bare.rpartition(_PROBE)[0].removeprefix(before) if bare.startswith(before) else ""
     # White space around the end token is layout that no model has to generate.
     encode, end = ResponseEncoder(tokenizer, add_special_tokens=False), tail.strip()

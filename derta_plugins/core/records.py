@@ -138,6 +138,9 @@ def parse_record(record: Mapping[str, Any]) -> Triple | AuthorsRow | None:
     if kind == "authors_row":
         return _parse_authors_row(record)
     columns = present_columns(record)
+    for name in ("tools", "chat_template_kwargs"):
+        if record.get(name):
+            raise BadRecordError(name, "is not carried by a safety record.")
     if "response_0" in columns:
         prompt, chosen, rejected, names = _read_pku(record)
     elif "safe_response" in columns:

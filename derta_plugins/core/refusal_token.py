@@ -103,6 +103,11 @@ def auto_refusal_token(tokenizer: Any, first_ids: Iterable[int]) -> RefusalToken
         )
     chosen, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
     text = tokenizer.decode([chosen])
+    if chosen in tokenizer.all_special_ids or not text.strip():
+        raise RefusalTokenError(
+            f"Most safe responses begin with {tokenizer.convert_ids_to_tokens(chosen)!r} (id {chosen}), which is no "
+            "word: a special or unknown token, or white space. Set refusal_text to the first word of your refusals."
+        )
     middle = _pieces_mid_answer(tokenizer, text.strip()) if text.strip() else []
     return RefusalToken(chosen, text, middle[0] if len(middle) == 1 else None, count / counts.total())
 

@@ -33,6 +33,7 @@ class Row:
         objective: What the row trains.
         prefix_length: Tokens of the harmful response in front of the safe one (k of Eq. 2); all of them in an RTO row.
         num_truncated: Tokens left out to fit `max_length`.
+        is_limited: Whether `max_length` kept k from reaching the whole harmful response, in an MLE row that draws k.
     """
 
     input_ids: list[int]
@@ -41,6 +42,7 @@ class Row:
     objective: Literal["mle", "rto"]
     prefix_length: int
     num_truncated: int = 0
+    is_limited: bool = False
 
 
 def build_rows(
@@ -148,7 +150,8 @@ def _mle_row(triple: TokenizedTriple, config: DeRTaConfig, room: float, draws: r
     context = [*triple.prompt_ids, *triple.rejected_ids[:k]]
     answer = answer[: len(answer) - cut]
     labels = [*[IGNORE_INDEX] * len(context), *answer]
-    return Row([*context, *answer], labels, [False] * len(labels), "mle", k, cut)
+    is_limited = config.method != "vanilla" and longest < len(triple.rejected_ids)
+    return Row([*context, *answer], labels, [False] * len(labels), "mle", k, cut, is_limited)
 
 
 def _draw_prefix_length(triple: TokenizedTriple, config: DeRTaConfig, longest: int, draws: random.Random) -> int:

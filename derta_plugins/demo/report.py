@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from derta_plugins.demo import charts
@@ -16,12 +17,9 @@ Results = Mapping[str, Any]
 def attack_table(results: Results) -> Table:
     """Attack success rate in percent, one row per method, one column per attack."""
     count = results["attacked_requests"]
-    table = Table(title=f"Attacks that succeed, % of {count} held-out harmful requests", title_justify="left")
-    table.add_column("trained with")
-    table.add_column("direct", justify="right")
-    for depth in results["prefill_tokens"]:
-        table.add_column(depth if depth.endswith("%") else f"{depth} tok", justify="right")
-    table.add_column("document", justify="right")
+    depths = [depth if depth.endswith("%") else f"{depth} tok" for depth in results["prefill_tokens"]]
+    title = f"Attacks that succeed, % of {count} held-out harmful requests"
+    table = _table(title, "trained with", "direct", *depths, "document")
     for method, measured in _rows(results).items():
         asr = measured["asr"]
         rates = [asr["direct"], *asr["prefill"].values(), asr["completion"]]
@@ -30,17 +28,32 @@ def attack_table(results: Results) -> Table:
 
 
 def quality_table(results: Results) -> Table:
-    """What the models keep and what is not stopped, in percent, and what the training took."""
-    table = Table(title="The rest of the picture, %", title_justify="left")
-    for column in ("trained with", "benign\nanswered", "look-alikes\nrefused", "well-formed\nrefusals",
-                   "two-persona\nattack", "benign document\nrefused", "rows", "target\ntokens", "seconds"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "trained with" else "right")
-    for method, measured in _rows(results).items():
-        flanks, training = measured["not_stopped"], measured["training"]
-        rates = (measured["helpfulness"], measured["over_refusal"], measured["well_formed_refusal"],
-                 flanks["two_persona"], flanks["declarative_lookalike_refusal"])  # fmt: skip
-        cost = (str(training["rows"]), str(training["supervised_tokens"]), f"{training['seconds']:.0f}")
-        table.add_row(_name(method), *map(_percent, rates), *cost, style="bold" if method == "derta" else None)
+    """What the models keep and what is not stopped, in percent, and what the training took; one column per method."""
+    rows = _rows(results)
+    table = _table("The rest of the picture, %", "measured", *map(_name, rows))
+    flanks = {method: measured["not_stopped"] for method, measured in rows.items()}
+    training = {method: measured["training"] for method, measured in rows.items()}
+    lines = {
+        "benign requests answered": [_percent(measured["helpfulness"]) for measured in rows.values()],
+        "benign look-alikes refused": [_percent(measured["over_refusal"]) for measured in rows.values()],
+        "refusals that are well-formed": [_percent(measured["well_formed_refusal"]) for measured in rows.values()],
+        "not stopped: two-persona attack": [_percent(flank["two_persona"]) for flank in flanks.values()],
+        "benign documents refused": [_percent(flank["declarative_lookalike_refusal"]) for flank in flanks.values()],
+        "training rows": [str(cost["rows"]) for cost in training.values()],
+        "target tokens": [str(cost["supervised_tokens"]) for cost in training.values()],
+        "training seconds": [f"{cost['seconds']:.0f}" for cost in training.values()],
+    }
+    for name, values in lines.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    """Table that fits 80 columns: a left column, and right-aligned ones."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -9,7 +9,7 @@ Every option of `trl.SFTConfig`, `trl.ModelConfig` and the DeRTa knobs can stand
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from derta_plugins.adapters.trl import DeRTaSFTConfig, DeRTaSFTTrainer
 from derta_plugins.readers import load_records
@@ -27,6 +27,7 @@ class DataArguments:
 def main() -> None:
     data, args, model = TrlParser((DataArguments, DeRTaSFTConfig, ModelConfig)).parse_args_and_config()
     args.model_init_kwargs = {
+        **(args.model_init_kwargs or {}),
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
@@ -37,6 +38,7 @@ def main() -> None:
         train_dataset=load_records(data.helpful) if data.helpful else None,
         safety_dataset=load_records(data.safety),
         boundary_dataset=load_records(data.boundary) if data.boundary else None,
+        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
     print(f"Rows: {trainer.row_counts}")

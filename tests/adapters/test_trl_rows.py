@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from derta_plugins.adapters import trl as adapter
 from derta_plugins.adapters.trl import DeRTaSFTConfig, DeRTaSFTTrainer
 from derta_plugins.core.config import ConfigError
 from derta_plugins.core.constants import IGNORE_INDEX
@@ -79,9 +80,18 @@ def test_mixed_records_are_told_apart_one_by_one(tmp_path):
 def test_ordinary_rows_are_those_of_the_stock_trainer(tmp_path):
     """A drop-in: without a safety record, rows and losses are TRL's own."""
     tokenizer = byte_level_bpe()
-    dataset = Dataset.from_list(helpful_records(8))
+    # prompts are not trained, as older hosts also count the first token of a row, which nothing predicts
+    records = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in helpful_records(8)]
+    dataset = Dataset.from_list(records)
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    options |= {"logging_steps": 1, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 5}
+    options |= {
+        "loss_type": "nll",
+        "logging_steps": 1,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "seed": 5,
+    }
     stock = SFTTrainer(
         tiny_llama(len(tokenizer)), SFTConfig(str(tmp_path / "a"), **options), train_dataset=dataset,
         processing_class=tokenizer,
@@ -371,6 +381,14 @@ def test_nothing_left_after_skipping_is_an_error(tmp_path):
         make_trainer(tmp_path, trainer_options=only_safety({**PREFERENCE, "rejected": ""}), on_bad_record="skip")
 
 
-def test_lora_on_the_head_is_refused_by_the_host_not_ignored(tmp_path):
-    with pytest.raises(ValueError, match="lm_head"):
-        make_trainer(tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])})
+def test_lora_on_the_head_is_trained_or_refused(tmp_path):
+    """The fused head reads the head's weight alone and would pass its adapter by; TRL refuses that, and so do we."""
+    options = {"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])}
+    if adapter.HAS_FUSED_LM_HEAD:
+        with pytest.raises(ValueError, match="lm_head"):
+            make_trainer(tmp_path, trainer_options=options)
+        return
+    trainer = make_trainer(tmp_path, trainer_options=options, max_steps=1, learning_rate=0.1)
+    trainer.train()
+    (adapter_weight,) = [p for name, p in trainer.model.named_parameters() if "lm_head.lora_B" in name]
+    assert adapter_weight.abs().max() > 0

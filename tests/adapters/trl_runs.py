@@ -50,7 +50,6 @@ def one_sgd_step(output_dir, **overrides) -> dict[str, torch.Tensor]:
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "max_steps": 1,
-            "train_sampling_strategy": "sequential",
             **overrides,
         },
     )

@@ -165,10 +165,17 @@ def test_auto_takes_the_smallest_id_among_equals(first_ids):
     assert (token.id, token.share) == (9, 0.5)
 
 
-def test_auto_does_not_mistake_a_blank_first_token():
+@pytest.mark.parametrize("piece", ["Ġ", "<|im_end|>"], ids=["blank", "special"])
+def test_auto_refuses_a_first_token_that_is_no_word(piece):
     tokenizer = byte_level_bpe()
-    token = auto_refusal_token(tokenizer, [id_of(tokenizer, "Ġ")])
-    assert token == RefusalToken(id_of(tokenizer, "Ġ"), " ", None, 1.0)
+    with pytest.raises(RefusalTokenError, match=r"is no word: .*Set refusal_text to the first word"):
+        auto_refusal_token(tokenizer, [id_of(tokenizer, piece)])
+
+
+def test_auto_refuses_the_unknown_token():
+    tokenizer = word_level()
+    with pytest.raises(RefusalTokenError, match=r"'\[UNK\]'"):
+        auto_refusal_token(tokenizer, [tokenizer.unk_token_id])
 
 
 def test_auto_needs_a_safe_response():

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from derta_plugins.demo.attacks import completion_attack, prefill_attack
 from derta_plugins.demo.generation import Generated, generate
 from derta_plugins.demo.model import build_model, build_tokenizer, copy_model, encode_attack, encode_chat, encode_words
