@@ -36,8 +36,7 @@ def derta(*arguments, **environment):
 
 def run_script(*arguments, **options):
     """Run the installed script as a user does."""
-    if not DERTA.exists():
-        pytest.skip(f"{DERTA} is not installed: pip install -e .")
+    assert DERTA.exists(), "the command is not installed: pip install -e ."
     return subprocess.run([DERTA, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
@@ -311,11 +310,17 @@ def test_the_script_shows_help():
 
 
 def test_the_script_ends_quietly_when_interrupted(folder):
-    if not DERTA.exists():
-        pytest.skip(f"{DERTA} is not installed: pip install -e .")
+    assert DERTA.exists(), "the command is not installed: pip install -e ."
     many = folder / "many.jsonl"
     Dataset.from_list(safety_records(1) * 20_000).to_json(many)
-    running = subprocess.Popen([DERTA, "show", many], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [DERTA, "show", many],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a shell ignores SIGINT, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert running.stdout.readline().startswith("no --tokenizer")  # now it is reading
     time.sleep(0.2)
     running.send_signal(signal.SIGINT)
