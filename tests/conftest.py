@@ -145,3 +145,16 @@ def bpe_tokenizer():
 @pytest.fixture(scope="session")
 def word_tokenizer():
     return word_level()
+
+
+@pytest.fixture
+def user_folder(tmp_path):
+    """A model with its tokenizer and record files on disk, under the names that the README uses."""
+    from datasets import Dataset
+
+    tokenizer = byte_level_bpe()
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "my-model")
+    Dataset.from_list(safety_records(6)).to_json(tmp_path / "triples.jsonl")
+    Dataset.from_list(helpful_records(8)).to_json(tmp_path / "helpful.jsonl")
+    return tmp_path

@@ -7,26 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
-
-from tests.conftest import byte_level_bpe, helpful_records, safety_records, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text for language, text in BLOCKS if language == "bash"]
-
-
-@pytest.fixture
-def reader_folder(tmp_path):
-    """The names that the README's blocks use."""
-    tokenizer = byte_level_bpe()
-    tokenizer.save_pretrained(tmp_path / "my-model")
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "my-model")
-    Dataset.from_list(safety_records(6)).to_json(tmp_path / "triples.jsonl")
-    Dataset.from_list(helpful_records(8)).to_json(tmp_path / "helpful.jsonl")
-    return tmp_path
 
 
 def run(command, folder):
@@ -38,20 +24,20 @@ def run(command, folder):
 
 
 @pytest.mark.parametrize("number", range(2), ids=["before", "after"])
-def test_python_blocks_train(reader_folder, number):
+def test_python_blocks_train(user_folder, number):
     assert len(PYTHON) == 2, "the README has another number of Python blocks: run them here"
     assert "Without a GPU add `use_cpu=True, bf16=False` to either config" in README
     block = PYTHON[number].replace("output_dir=", "use_cpu=True, bf16=False, output_dir=")
-    result = run([sys.executable, "-c", block], reader_folder)
+    result = run([sys.executable, "-c", block], user_folder)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'train_loss'" in result.stdout
     assert ("'rto_loss'" in result.stdout) is (number == 1)
 
 
-def test_derta_commands_run(reader_folder):
+def test_derta_commands_run(user_folder):
     (block,) = [text for text in SHELL if "derta show" in text]
     for line in block.strip().splitlines():
-        result = run(line.split(), reader_folder)
+        result = run(line.split(), user_folder)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Sorry" in result.stdout
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests.adapters.trl_runs import logged, make_trainer
-from tests.conftest import HARMFUL, byte_level_bpe, helpful_records, safety_records, tiny_llama
+from tests.conftest import HARMFUL, byte_level_bpe, safety_records, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 LEARN = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 10}
@@ -103,17 +103,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert logged(plain, "loss") == pytest.approx(logged(checkpointed, "loss"), rel=1e-6)
 
 
-@pytest.fixture
-def model_folder(tmp_path):
-    """A model, a tokenizer and record files on disk, as a user has them."""
-    tokenizer = byte_level_bpe()
-    tokenizer.save_pretrained(tmp_path / "my-model")
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "my-model")
-    Dataset.from_list(safety_records(6)).to_json(tmp_path / "triples.jsonl")
-    Dataset.from_list(helpful_records(8)).to_json(tmp_path / "helpful.jsonl")
-    return tmp_path
-
-
 def run_script(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     quiet = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"]
@@ -123,27 +112,27 @@ def run_script(folder, *arguments):
     )  # fmt: skip
 
 
-def test_the_example_script_trains_and_saves(model_folder):
+def test_the_example_script_trains_and_saves(user_folder):
     run = run_script(
-        model_folder, "--model_name_or_path", "my-model", "--safety", "triples.jsonl", "--helpful", "helpful.jsonl",
+        user_folder, "--model_name_or_path", "my-model", "--safety", "triples.jsonl", "--helpful", "helpful.jsonl",
         "--output_dir", "my-safe-model", "--max_steps", "80", "--learning_rate", "1e-2", "--logging_steps", "5",
         "--rto_weight", "0.9", "--dtype", "float32",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "6 triples, 6 mle rows, 6 rto rows, 8 helpful rows" in run.stdout
     assert "p_refusal" in run.stdout
-    tokenizer = AutoTokenizer.from_pretrained(model_folder / "my-safe-model")
+    tokenizer = AutoTokenizer.from_pretrained(user_folder / "my-safe-model")
     target = tokenizer("Sorry")["input_ids"][0]
-    trained = AutoModelForCausalLM.from_pretrained(model_folder / "my-safe-model")
+    trained = AutoModelForCausalLM.from_pretrained(user_folder / "my-safe-model")
     assert tokenizer.chat_template, "the template is saved with the model"
     assert refusal_probability(trained, tokenizer, target) > 0.3
 
 
-def test_a_bad_option_of_the_script_is_refused(model_folder):
+def test_a_bad_option_of_the_script_is_refused(user_folder):
     run = run_script(
-        model_folder, "--model_name_or_path", "my-model", "--safety", "triples.jsonl", "--output_dir", "out",
+        user_folder, "--model_name_or_path", "my-model", "--safety", "triples.jsonl", "--output_dir", "out",
         "--rto_keep_ratio", "7",
     )  # fmt: skip
     assert run.returncode != 0
     assert "`rto_keep_ratio` must be a number in (0, 1], got 7.0" in run.stderr
-    assert not (model_folder / "out").exists()
+    assert not (user_folder / "out").exists()
