@@ -136,13 +136,12 @@ def prepare(
     ordinary, triples = _read_groups(how, dataset, safety, counts)
     if boundary is not None:
         ordinary += _boundary_rows(how, boundary, triples, counts)
-    if not triples and (safety is not None or counts.skipped):
+    kept = [part for part in triples if is_streaming(part) or len(part)]
+    if not kept and (triples or safety is not None or counts.skipped):
         raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
-    if not triples:
+    if not kept:
         return Prepared(_join(ordinary), None, counts)
-    tokenized = concatenate_datasets(triples) if len(triples) > 1 else triples[0]
-    if not is_streaming(tokenized) and len(tokenized) == 0:
-        raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
+    tokenized = concatenate_datasets(kept) if len(kept) > 1 else kept[0]
     target = target or _resolve_target(tokenized, how.tokenizer, how.config)
     build = BuildRows(how.config, target.id, how.max_length)
     counts.triples += _length(tokenized)

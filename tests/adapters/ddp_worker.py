@@ -1,5 +1,6 @@
 """Started by torchrun: one step on this rank's share of the rows, parameters saved by rank 0."""
 
+import os
 import sys
 
 import torch
@@ -8,7 +9,7 @@ from tests.adapters.trl_runs import one_sgd_step
 
 if __name__ == "__main__":
     output, normalization, accumulation = sys.argv[1:]
-    world_size = int(__import__("os").environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"])
     parameters = one_sgd_step(
         output,
         normalization=normalization,
