@@ -37,7 +37,7 @@ INDEX = "derta_index"
 # Part of what is mapped over a dataset, and so of the key that `datasets` caches its result under: rows that an older
 # release of this code built are never taken from a cache.
 _SOURCES = [*sorted(Path(core.__file__).parent.glob("*.py")), Path(__file__)]
-_CODE = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
+CODE_DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
 
 _IDS, _LABELS = List(Value("int32")), List(Value("int64"))
 # Written out: inferred types would follow the first records, whose lists may all be empty.
@@ -123,7 +123,7 @@ class BuildRows:
     config: DeRTaConfig
     refusal_token_id: int
     max_length: int | None
-    code: str = _CODE
+    code: str = CODE_DIGEST
 
     def rows(self, tokenized: Mapping[str, Any], index: int, epoch: int = 0) -> list[Row]:
         """Rows of one tokenised record."""
@@ -196,7 +196,7 @@ class _TokenizeRecord:
     tokenizer: RecordTokenizer
     config: DeRTaConfig
     max_length: int | None
-    code: str = _CODE
+    code: str = CODE_DIGEST
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         index = record.get(INDEX, index)

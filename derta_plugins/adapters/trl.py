@@ -20,15 +20,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from derta_plugins.adapters import row_datasets
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
 from derta_plugins.adapters.row_datasets import ROW_COLUMNS, ResampledRows
+from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, check_batch, count_batch
 from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD, NEWEST_TESTED, OLDEST_TESTED, DeRTaSFTConfig
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
-from derta_plugins.core.losses import count_targets, derta_loss, loss_components, per_token_nll
+from derta_plugins.core.losses import derta_loss, per_token_nll
 from derta_plugins.hookspecs import Adapter, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from derta_plugins.core.losses import DeRTaLoss
 
 __all__ = ["DeRTaDataCollator", "DeRTaSFTConfig", "DeRTaSFTTrainer", "derta_adapter"]
@@ -68,7 +67,7 @@ class DeRTaDataCollator(DataCollatorForLanguageModeling):
         return batch
 
 
-class DeRTaSFTTrainer(SFTTrainer):
+class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
     """
     `SFTTrainer` that trains safety triples with DeRTa, beside ordinary rows.
 
@@ -92,6 +91,7 @@ class DeRTaSFTTrainer(SFTTrainer):
         ValueError: If a dataset is empty or a tokenised dataset has no `labels`.
     """
 
+    host_version = f"TRL {trl.__version__}"
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "derta"]
     _name = "DeRTa"
     _paper: ClassVar[dict[str, str]] = {
@@ -122,9 +122,8 @@ class DeRTaSFTTrainer(SFTTrainer):
         for name in ("train_dataset", "safety_dataset", "boundary_dataset"):
             _check_dataset(name, locals()[name])
         self.row_counts, self.refusal_token = RowCounts(), None
-        self._derta, self._extra_datasets = args.derta_config(), (safety_dataset, boundary_dataset)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._contract_checked = self._train_is_prepared = False
+        self._start_derta(args.derta_config())
+        self._extra_datasets, self._train_is_prepared = (safety_dataset, boundary_dataset), False
         super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         if not isinstance(self.data_collator, DeRTaDataCollator):
             self.data_collator = DeRTaDataCollator(**vars(self.data_collator))
@@ -182,77 +181,22 @@ class DeRTaSFTTrainer(SFTTrainer):
                 f"{size} tokens: tokenizer and model do not belong together."
             )
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "rto_mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "rto_mask"]
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
-        """(3,) counts of the whole optimizer step, over its micro-batches and all ranks; see `count_targets`."""
-        if not batch_samples:
-            return None
-        counts = torch.stack([_count(batch) for batch in batch_samples]).sum(dim=0).to(device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts.unsqueeze(0)).sum(dim=0)
-        # ranks that are given the same batch count it once
-        return counts / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DeRTa's loss, inside TRL's own `compute_loss`, which goes on to do the forward pass, metrics and scaling."""
-        if "rto_mask" not in inputs:
-            raise ValueError(f"The batch has no `rto_mask` (it has {sorted(inputs)}): batch with `DeRTaDataCollator`.")
-        counts = _count(inputs) if num_items_in_batch is None else num_items_in_batch
+        check_batch(inputs)
+        counts = count_batch(inputs) if num_items_in_batch is None else num_items_in_batch
         inputs = dict(inputs)
         is_step = num_items_in_batch is not None
         scored = _ScoredModel(model, inputs.pop("rto_mask"), counts, self._derta, is_step=is_step)
         # `_ScoredModel` divides already, by the counts of the step: TRL is left to divide by one
         one = torch.ones((), device=self.args.device) if is_step else None
         result = super().compute_loss(scored, inputs, return_outputs, one)
-        self._check_contract(scored, result[0] if return_outputs else result, num_items_in_batch)
+        if scored.result is None:
+            raise RuntimeError(f"{self.host_version} did not ask the model for a loss: this version is not supported.")
+        if not self.aux_loss_enabled:
+            self._check_contract(scored.result.loss, result[0] if return_outputs else result, is_step=is_step)
         self._add_to_log(scored.result.sums)
         return result
-
-    def _check_contract(
-        self, scored: _ScoredModel, loss: torch.Tensor, num_items_in_batch: torch.Tensor | None
-    ) -> None:
-        """Once a run: TRL must have returned the loss that it was given, times its factor for ranks."""
-        if self._contract_checked:
-            return
-        if scored.result is None:
-            raise RuntimeError(
-                f"TRL {trl.__version__} did not ask the model for a loss: this version is not supported."
-            )
-        if not self.aux_loss_enabled:
-            factor = 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
-            torch.testing.assert_close(
-                loss.detach().float(),
-                scored.result.loss.detach().float() * factor,
-                rtol=1e-4,
-                atol=1e-6,
-                msg=lambda text: f"TRL {trl.__version__} changed DeRTa's loss; this version is not supported. {text}",
-            )
-        self._contract_checked = True
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # `predict` logs nothing; its sums must not go into the next evaluation
-        self._sums.pop("eval", None)
-        return super().evaluation_loop(*args, **kwargs)
-
-    def _add_to_log(self, sums: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        # Counts outgrow what float32 holds exactly within one logging window of a large run.
-        sums = sums if sums.device.type == "mps" else sums.double()
-        self._sums[mode] = sums if mode not in self._sums else self._sums[mode] + sums
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `mle_loss`, `rto_loss`, `p_refusal`, `mle_tokens`, `rto_tokens` since the last log, over all ranks."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._sums.pop(mode, None)
-        if sums is not None:
-            components = loss_components(self.accelerator.reduce(sums, reduction="sum"))
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({f"{prefix}{name}": value for name, value in components.items()})
-        super().log(logs, start_time)
 
 
 class _ScoredModel:
@@ -307,12 +251,6 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._rows.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-def _count(batch: Mapping[str, Any]) -> torch.Tensor:
-    # a batch without an attention mask is flattened: its sequences begin where positions do
-    position_ids = None if "attention_mask" in batch else batch.get("position_ids")
-    return count_targets(batch["labels"], batch["rto_mask"], position_ids=position_ids)
 
 
 def _check_dataset(name: str, dataset: Any) -> None:

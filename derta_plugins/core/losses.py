@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from derta_plugins.core.config import ConfigError
 from derta_plugins.core.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from derta_plugins.core.config import Normalization
+    from derta_plugins.core.config import DeRTaConfig, Normalization
 
 
 def rto_labels(labels: Tensor, rto_mask: Tensor, *, refusal_token_id: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -237,6 +238,26 @@ def loss_components(sums: Tensor) -> dict[str, float]:
         components["rto_loss"] = rto_sum / rto_tokens
         components["p_refusal"] = p_refusal / rto_tokens
     return components
+
+
+def fused_denominator(counts: Tensor, config: DeRTaConfig) -> Tensor:
+    """
+    The one number that the summed nats of a whole step are divided by, for hosts that compute the loss fused.
+
+    Args:
+        counts: (3,) from `count_targets`, summed over the step.
+        config: Knobs.
+
+    Raises:
+        ConfigError: If the loss has two denominators or a weight, so that one number cannot give it.
+    """
+    if config.normalization == "component_mean" or config.rto_weight != 1.0:
+        raise ConfigError(
+            f"A fused loss weighs all targets alike, got normalization={config.normalization!r} and "
+            f"rto_weight={config.rto_weight:g}. Turn the fused loss off, or take 'token_mean' or 'sequence_sum' with "
+            "rto_weight=1."
+        )
+    return _denominators(counts, config.normalization)[0]
 
 
 def _denominators(counts: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def test_the_split_test_sees_a_mean_per_micro_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(
         adapter.DeRTaSFTTrainer,
         "_get_num_items_in_batch",
-        lambda self, batches, device: 4 * torch.stack([adapter._count(batch) for batch in batches[:1]]).sum(dim=0),
+        lambda self, batches, device: 4 * torch.stack([adapter.count_batch(batch) for batch in batches[:1]]).sum(dim=0),
     )
     split = one_sgd_step(tmp_path / "4", per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert relative_difference(whole, split) > 1e-4

@@ -341,7 +341,7 @@ def test_a_batch_without_its_mask_ends_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     del batch["rto_mask"]
-    with pytest.raises(ValueError, match=r"no `rto_mask`.*batch with `DeRTaDataCollator`"):
+    with pytest.raises(ValueError, match=r"no `rto_mask`.*another collator replaced"):
         trainer.compute_loss(trainer.model, batch)
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import (
     count_targets,
     derta_loss,
+    fused_denominator,
     loss_components,
     per_token_nll,
     rto_labels,
@@ -532,3 +534,24 @@ def test_a_component_without_targets_is_not_logged():
         "p_refusal": 0.5,
     }
     assert loss_components(torch.zeros(5)) == {"mle_tokens": 0, "rto_tokens": 0}
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "sequence_sum"])
+def test_the_fused_denominator_gives_the_loss(normalization):
+    """What a host's fused sum over all targets is divided by, where DeRTa's loss has one denominator."""
+    logits, labels, rto_mask = make_batch()
+    nll, mask = per_token_nll(logits, labels), labels[:, 1:] != IGNORE_INDEX
+    counts = count_targets(labels, rto_mask)
+    expected = derta_loss(nll, mask, rto_mask[:, 1:], counts=counts, normalization=normalization).loss
+    fused = nll.sum() / fused_denominator(counts, DeRTaConfig(normalization=normalization))
+    torch.testing.assert_close(fused, expected)
+
+
+def test_the_fused_denominator_is_no_zero():
+    assert fused_denominator(torch.zeros(3), DeRTaConfig()).item() == 1
+
+
+@pytest.mark.parametrize("knobs", [{"rto_weight": 0.5}, {"normalization": "component_mean"}], ids=str)
+def test_one_denominator_cannot_weigh_components(knobs):
+    with pytest.raises(ConfigError, match="Turn the fused loss off"):
+        fused_denominator(torch.ones(3), DeRTaConfig(**knobs))
