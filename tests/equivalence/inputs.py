@@ -1,4 +1,4 @@
-"""One folder of inputs for all hosts: a tiny model whose weights depend on their names alone, a tokenizer, two files."""
+"""One folder of inputs for all hosts: a tiny model with weights drawn from their names, a tokenizer, two files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 STEPS, ROWS_PER_STEP = 20, 8
 HELPFUL, TRIPLES = 12, 10
-"""Rows: 12 + 2 * 10 = 32, so that 20 steps of 8 rows are five epochs; of the four steps of one, the first has no RTO."""
+"""Rows: 12 + 2 * 10 = 32, so that 20 steps of 8 rows are five epochs, and the first step of each has no RTO."""
 
 
 def make_inputs(folder: Path) -> str:

@@ -105,7 +105,7 @@ def _axolotl(work: Path, output: Path, processes: int, batch: int, accumulation:
         work / "axolotl.yml",
         {
             "base_model": str(work / "model"),
-            "plugins": ["derta_plugins.adapters.axolotl.DeRTaPlugin"],
+            "plugins": ["derta_plugins.adapters.axolotl.DeRTaPlugin", "tests.adapters.axolotl_on_cpu.KeepOnCPU"],
             "derta": {"refusal_text": REFUSAL_TEXT},
             "datasets": [
                 {"path": str(work / "helpful.jsonl"), "ds_type": "json", "type": "chat_template"},
@@ -146,7 +146,7 @@ def _llamafactory(work: Path, output: Path, processes: int, batch: int, accumula
     datasets = {
         "helpful": {
             "file_name": "helpful.jsonl",
-            "formatting": "openai",
+            "formatting": "sharegpt",
             "columns": {"messages": "messages"},
             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
         },

@@ -18,9 +18,9 @@ import pytest
 from tests.equivalence.inputs import STEPS, code_digest
 
 HOSTS = ("trl", "axolotl", "llamafactory")
-# Relative differences from TRL in one process, float32, 20 steps. Seen: largest MEASURED_OUTLIER, mean MEASURED_DRIFT.
-# Say why before you loosen one.
-OUTLIER, DRIFT = 1e-5, 1e-6
+# Relative differences from TRL in one process, float32, 20 steps. Seen: 1.5e-7 at most, 1.5e-8 on average. Say why
+# before you loosen one.
+OUTLIER, DRIFT = 1e-5, 5e-7
 ROUNDED = 6e-5  # hosts log the loss with four decimals, and some of them scale it by hand: it must still be this loss
 
 
