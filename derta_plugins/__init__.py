@@ -1,16 +1,14 @@
 """
 DeRTa safety training for existing fine-tuning frameworks: refuse at any position, not only at the first.
 
-Imports go one way: `cli > demo > doctor, show, survey > plugin_manager > adapters > readers > core`. Each level may
-import those to its right; only `adapters` may import a host framework, and `core` needs torch and the standard library
-alone.
+Imports go one way: `cli > demo > plugin_status, doctor, show, survey > recipe > adapters > transforms, readers >
+plugin_manager > core`. Each level may import those to its right; only `adapters` may import a host framework, and
+`core` needs torch and the standard library alone. The plugin manager loads adapters by the names of their entry points,
+never by import. What hosts start with (`_autoload`, `launch`) needs the standard library alone.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# Loaded at the start of every interpreter (`_autoload`), so no import here: `typing` alone would cost several ms.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from derta_plugins.core.config import ConfigError, DeRTaConfig
     from derta_plugins.core.losses import derta_loss, rto_loss
@@ -48,8 +46,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Public names load on first use, so that `derta --help` and host start-up do not pay for importing torch.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"derta_plugins.core.{_HOME[name]}"), name)
