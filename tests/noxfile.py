@@ -14,11 +14,17 @@ import nox
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "tests" / "constraints"
+EQUIVALENCE = ROOT / ".nox" / "losses"
 
 nox.options.default_venv_backend = "uv"
 nox.options.envdir = str(ROOT / ".nox")
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "core", "trl_oldest", "trl", "demo"]
+nox.options.sessions = ["lint", "core", "trl_oldest", "trl", "axolotl", "llamafactory", "equivalence", "demo"]
+
+# doctests are collected from every module, and a host's adapter cannot be imported without it
+OTHER_ADAPTERS = tuple(f"--ignore-glob=derta_plugins/adapters/{host}*.py" for host in ("axolotl", "llamafactory"))
+# What depends on the host that is installed, beside its own adapter; the rest runs once, with the newest TRL.
+HOST_TESTS = ("tests/adapters", "tests/test_recipe.py", "tests/test_examples.py", "tests/test_readme.py")
 
 
 def prepare(session: nox.Session, *requirements: str, constraints: str) -> None:
@@ -57,24 +63,59 @@ def core(session: nox.Session) -> None:
     session.run("pytest", "derta_plugins/core", *(f"tests/core/test_{name}.py" for name in tests))
 
 
+def run_host_tests(
+    session: nox.Session, host: str, *requirements: str, constraints: str, tests: tuple[str, ...]
+) -> None:
+    """Run `tests` in an environment of one host, which they assert to be there in its pinned version."""
+    prepare(session, *requirements, "pytest", constraints=constraints)
+    session.env[f"DERTA_EXPECT_{host.upper()}"] = pinned(host, constraints)
+    session.run("pytest", "-m", "not slow", *tests, *session.posargs)
+
+
+def leave_losses(session: nox.Session, host: str) -> None:
+    """Train the same 20 steps as the other hosts, for the session `equivalence` to compare."""
+    session.run("python", "-m", "tests.equivalence.run", host, str(EQUIVALENCE))
+
+
 @nox.session
 def trl_oldest(session: nox.Session) -> None:
     """The TRL adapter on the oldest supported TRL."""
-    prepare(session, "-e", ".[trl]", "pytest", constraints="trl-oldest.txt")
-    session.env["DERTA_EXPECT_TRL"] = pinned("trl", "trl-oldest.txt")
-    session.run("pytest", "tests/adapters")
+    run_host_tests(session, "trl", "-e", ".[trl]", constraints="trl-oldest.txt", tests=("tests/adapters",))
 
 
 @nox.session
 def trl(session: nox.Session) -> None:
-    """Everything but the demo, on the newest supported TRL."""
+    """Everything but the demo and the other hosts, on the newest supported TRL."""
+    tests = ("tests", "derta_plugins", "--ignore=tests/equivalence", *OTHER_ADAPTERS)
+    run_host_tests(session, "trl", "-e", ".[demo]", constraints="trl.txt", tests=tests)
+    leave_losses(session, "trl")
+
+
+@nox.session
+def axolotl(session: nox.Session) -> None:
+    """The Axolotl adapter, through `axolotl train`."""
+    run_host_tests(session, "axolotl", "-e", ".[axolotl]", constraints="axolotl.txt", tests=HOST_TESTS)
+    leave_losses(session, "axolotl")
+
+
+@nox.session
+def llamafactory(session: nox.Session) -> None:
+    """The LLaMA-Factory adapter, through `llamafactory-cli train`."""
+    requirements = ("-e", ".[llamafactory]", "torch", "torchvision", "torchaudio")
+    run_host_tests(session, "llamafactory", *requirements, constraints="llamafactory.txt", tests=HOST_TESTS)
+    leave_losses(session, "llamafactory")
+
+
+@nox.session
+def equivalence(session: nox.Session) -> None:
+    """Losses of the three hosts, which their sessions have left, compared step by step."""
     prepare(session, "-e", ".[demo]", "pytest", constraints="trl.txt")
-    session.env["DERTA_EXPECT_TRL"] = pinned("trl", "trl.txt")
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    session.env["DERTA_EQUIVALENCE"] = str(EQUIVALENCE)
+    session.run("pytest", "tests/equivalence", *session.posargs)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """The whole demo for three seeds, with the bounds that its results must keep."""
     prepare(session, "-e", ".[demo]", "pytest", constraints="trl.txt")
-    session.run("pytest", "-m", "slow", "tests", *session.posargs)
+    session.run("pytest", "-m", "slow", "tests", "--ignore=tests/equivalence", *session.posargs)

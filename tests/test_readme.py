@@ -1,26 +1,14 @@
-"""What a reader can copy from the README is run: its Python blocks here, its shell blocks here or in `.ci/run`."""
+"""What a reader can copy from the README is run: here, in `tests/adapters/test_HOST_readme.py` or in `.ci/run`."""
 
-import os
 import re
-import subprocess
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-SHELL = [text for language, text in BLOCKS if language == "bash"]
+from tests.readme_blocks import README, ROOT, blocks, run
 
-
-def run(command, folder):
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+PYTHON = blocks("python")
 
 
 @pytest.mark.parametrize("number", range(2), ids=["before", "after"])
@@ -35,11 +23,24 @@ def test_python_blocks_train(user_folder, number):
 
 
 def test_derta_commands_run(user_folder):
-    (block,) = [text for text in SHELL if "derta show" in text]
+    (block,) = [text for text in blocks("bash") if "derta show" in text]
     for line in block.strip().splitlines():
         result = run(line.split(), user_folder)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Sorry" in result.stdout
+
+
+def test_the_recipe_becomes_a_config_for_every_host(user_folder):
+    (block,) = blocks("bash", under="## One recipe for all three")
+    shutil.copy(ROOT / "examples" / "recipe.yaml", user_folder / "recipe.yaml")
+    hosts = set()
+    for line in block.strip().splitlines():
+        result = run(line, user_folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+        hosts.add(line.split()[-1])
+        assert list((user_folder / line.split()[-1]).glob("*.y*ml"))
+    assert hosts == {"trl", "axolotl", "llamafactory"}
+    assert (user_folder / "llamafactory" / "dataset_info.json").is_file()
 
 
 def test_the_two_commands_are_those_of_ci():

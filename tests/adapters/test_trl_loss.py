@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_host_is_really_there():
     assert issubclass(adapter.DeRTaSFTTrainer, trl.SFTTrainer)
     assert issubclass(adapter.DeRTaSFTConfig, trl.SFTConfig)
-    assert os.environ.get("DERTA_EXPECT_TRL", trl.__version__) == trl.__version__
 
 
 def oracle(logits, batch, normalization, rto_weight):
