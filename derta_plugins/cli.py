@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +20,9 @@ from derta_plugins.core.chat import ChatTemplateError
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.records import BadRecordError
 from derta_plugins.core.refusal_token import RefusalTokenError
-from derta_plugins.plugin_manager import AdapterError
+from derta_plugins.plugin_manager import PluginError
 from derta_plugins.readers import RecordsNotFoundError, load_records
+from derta_plugins.recipe.checks import RecipeError
 
 app = typer.Typer(
     help="DeRTa safety training: refuse at any position, not only at the first.",
@@ -30,15 +31,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+recipe_app = typer.Typer(help="One recipe for every host.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
 _KNOBS = "Knobs of DeRTaConfig (change the rows)"
 # the extra of this package that brings a missing module
 _EXTRAS = {**dict.fromkeys(("datasets", "transformers", "tokenizers", "jinja2", "trl", "peft"), "trl")}
-_EXTRAS["matplotlib"] = "demo"
+_EXTRAS |= {"matplotlib": "demo", "yaml": "trl"}
 _EXPECTED_ERRORS = (
-    AdapterError,
     BadRecordError,
     ChatTemplateError,
     ConfigError,
+    PluginError,
     RecordsNotFoundError,
     RefusalTokenError,
 )
@@ -100,7 +103,9 @@ def derta(
 
 @app.command()
 def show(
-    source: Annotated[str, typer.Argument(help="File (json, jsonl, csv, parquet), folder, or hub name.")],
+    source: Annotated[
+        str, typer.Argument(help="File (json, jsonl, csv, parquet), folder, hub name, or reader:source.")
+    ],
     tokenizer: _TokenizerName = None,
     limit: Annotated[int, typer.Option(help="Records to print.", min=0)] = 3,
     index: Annotated[int | None, typer.Option(help="Print the record at this position (from 0) instead.")] = None,
@@ -121,6 +126,7 @@ def show(
     ] = DeRTaConfig.rto_keep_ratio,
     rto_turns: Annotated[str, _knob("--rto-turns", "RTO on the last answer, or all.")] = DeRTaConfig.rto_turns,
     no_chat_template: Annotated[bool, _knob("--no-chat-template", "Use plain-text prompts as they are.")] = False,
+    transform: Annotated[str | None, _knob("--transform", "Installed transform that builds the rows.")] = None,
     on_bad_record: Annotated[str, _knob("--on-bad-record", "skip (and explain), or error.")] = "skip",
     seed: Annotated[int, _knob("--seed", "Seed of every draw.")] = DeRTaConfig.seed,
 ) -> None:
@@ -170,6 +176,43 @@ def doctor(
 
 
 @app.command()
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
+) -> None:
+    """Print every installed plugin, what it is, whose, and whether it works; exit code 2 if one is broken."""
+    from derta_plugins import plugin_status
+
+    console = Console(highlight=False)
+    with _readable_errors():
+        with nullcontext() if as_json else console.status("Loading plugins"):
+            statuses = plugin_status.plugin_statuses()
+        if as_json:
+            typer.echo(plugin_status.as_json(statuses))
+        else:
+            plugin_status.print_plugins(statuses, console)
+        if sentence := plugin_status.faults(statuses):
+            raise UsageError(sentence)
+
+
+@recipe_app.command("convert")
+def convert_recipe(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    to: Annotated[str, typer.Option("--to", help="The host: trl, axolotl or llamafactory.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the host's files.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+) -> None:
+    """Write a recipe as a host's config, and say what the host has no counterpart for."""
+    with _readable_errors():
+        from derta_plugins.recipe.convert import convert, write
+        from derta_plugins.recipe.reading import read_recipe
+
+        conversion = convert(read_recipe(recipe), to, output_dir=str(output_dir), source=recipe.name)
+        for path in write(conversion, output_dir, is_forced=force):
+            typer.echo(f"wrote {path}")
+        typer.echo("\n".join(conversion.remarks))
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of data, weights and draws.", min=0)] = 0,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("derta-demo"),
@@ -201,6 +244,8 @@ def _readable_errors() -> Iterator[None]:
     """Errors with a known cause become one sentence on stderr and exit code 2; others keep their traceback."""
     try:
         yield
+    except RecipeError as error:  # speaks of keys in a file, not of options
+        _fail(str(error))
     except (*_EXPECTED_ERRORS, UsageError) as error:
         _fail(_in_command_words(str(error)))
     except ModuleNotFoundError as error:

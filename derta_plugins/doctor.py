@@ -1,12 +1,16 @@
-"""`derta doctor`: which hosts are here, whether their adapters work, and what a tokenizer means for DeRTa."""
+"""`derta doctor`: which hosts are here, whether DeRTa works in them, and what a tokenizer means for DeRTa."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 import derta_plugins
+from derta_plugins._autoload import PATCHES, is_installed
 from derta_plugins.core.chat import ChatTemplateError, turn_layout
 from derta_plugins.core.refusal_token import AUTO, RefusalTokenError, resolve_refusal_token
 from derta_plugins.hookspecs import Adapter
-from derta_plugins.plugin_manager import AdapterError, adapter_names, get_adapter
+from derta_plugins.launch import STARTUP
+from derta_plugins.plugin_manager import HostMissingError, OtherKindError, get_adapter, plugin_names
 
 HOSTS = ("trl", "axolotl", "llamafactory")
 NOT_INSTALLED = "not installed"
+STARTUP_FILE = "derta_plugins_autoload.pth"
 _LIBRARIES = ("torch", "transformers", "datasets")
 
 
@@ -46,7 +53,7 @@ class HostStatus:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line about a tokenizer; `problem` is empty if all is well."""
+    """One line about a tokenizer or a host; `problem` is empty if all is well."""
 
     name: str
     value: str
@@ -55,9 +62,41 @@ class Finding:
 
 def host_statuses() -> Iterator[HostStatus]:
     """State of every known host and of every further installed adapter. Imports the hosts that are there."""
-    names = adapter_names()
+    names = plugin_names()
     for name in [*HOSTS, *(name for name in names if name not in HOSTS)]:
-        yield _host_status(name, has_adapter=name in names)
+        try:
+            yield _host_status(name, has_adapter=name in names)
+        except OtherKindError:  # a reader, a judge ...: `derta plugins` lists them
+            continue
+
+
+def startup_finding() -> Finding:
+    """How hosts learn of DeRTa in this Python: by the start-up file, by `derta_plugins.launch`, or not at all."""
+    name, launch = "start-up code", "put `python -m derta_plugins.launch` before the command"
+    file = next((path for entry in sys.path if (path := Path(entry, STARTUP_FILE)).is_file()), None)
+    is_off = os.environ.get("DERTA_AUTOLOAD") == "0"
+    if is_installed():
+        by_launch = STARTUP in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        way = "derta_plugins.launch" if by_launch else file if file and not is_off else "a call of its `install`"
+        return Finding(name, f"active, by {way}")
+    if is_off:
+        return Finding(name, f"switched off by DERTA_AUTOLOAD=0; {launch} where DeRTa is wanted")
+    state = f"{file} is there, but this Python does not run it" if file else f"no {STARTUP_FILE} in this environment"
+    return Finding(name, state, f"reinstall derta-plugins, or {launch}")
+
+
+def patch_findings() -> Iterator[Finding]:
+    """For each installed host that is extended at its import: whether it has what is extended there."""
+    for module, patch in PATCHES.items():
+        host = module.partition(".")[0]
+        if _installed(host) == NOT_INSTALLED:
+            continue
+        try:
+            missing = ", ".join(import_module(patch).missing_points())
+        except Exception as error:  # as with an adapter: anything may fail in it
+            missing = f"broken: {_cause(error)}"
+        problem = f"DeRTa does not work in this {host}" if missing else ""
+        yield Finding(f"{host} patch points", missing or "all found", problem)
 
 
 def tokenizer_findings(tokenizer: Any, refusal_text: str, *, allow_first_piece: bool = False) -> list[Finding]:
@@ -84,6 +123,7 @@ def print_environment(console: Console) -> None:
     console.print(Text(", ".join(f"{name} {found}" for name, found in versions.items())))
     with console.status("Loading adapters"):
         statuses = list(host_statuses())
+        findings = [startup_finding(), *patch_findings()]
     table = Table(show_lines=False)
     table.add_column("host", no_wrap=True, style="bold")
     table.add_column("installed", overflow="fold")
@@ -96,6 +136,10 @@ def print_environment(console: Console) -> None:
     for host in statuses:
         if host.how_to_use:
             console.print(Text(f"{host.name}: ", "bold").append(host.how_to_use, "default not bold"))
+    for finding in findings:
+        text = f"{finding.value}; {finding.problem}" if finding.problem else finding.value
+        style = "red not bold" if finding.problem else "default not bold"
+        console.print(Text(f"{finding.name}: ", "bold").append(text, style))
 
 
 def print_tokenizer(name: str, findings: list[Finding], console: Console) -> None:
@@ -111,19 +155,19 @@ def print_tokenizer(name: str, findings: list[Finding], console: Console) -> Non
 
 def _host_status(name: str, *, has_adapter: bool) -> HostStatus:
     if not has_adapter:
-        return HostStatus(name, _installed(name), _extra_range(name), "no adapter in this version", "")
-    install = f"pip install 'derta-plugins[{name}]'" if name in HOSTS else ""
+        status = "broken: not registered; reinstall derta-plugins"
+        return HostStatus(name, _installed(name), _extra_range(name), status, "")
     try:
         adapter = get_adapter(name)
-        if not isinstance(adapter, Adapter):
-            raise AdapterError("it does not describe its host")
+    except OtherKindError:
+        raise
     except Exception as error:  # an adapter, or the host it imports, may fail in any way; doctor says how
-        status = "host missing" if _installed(name) == NOT_INSTALLED else f"broken: {_cause(error)}"
-        return HostStatus(
-            name, _installed(name), _extra_range(name), status, install if status == "host missing" else ""
-        )
+        is_absent = isinstance(error, HostMissingError) and _installed(name) == NOT_INSTALLED
+        status = "host missing" if is_absent else f"broken: {_cause(error)}"
+        install = f"pip install 'derta-plugins[{name}]'" if is_absent and name in HOSTS else ""
+        return HostStatus(name, _installed(name), _extra_range(name), status, install)
     installed = _installed(adapter.host)
-    tested = f"{adapter.oldest_tested} to {adapter.newest_tested}"
+    tested = " to ".join(dict.fromkeys((adapter.oldest_tested, adapter.newest_tested)))
     return HostStatus(name, installed, tested, _compare(installed, adapter), adapter.how_to_use)
 
 

@@ -24,7 +24,8 @@ from derta_plugins.core.records import (
     record_kind,
 )
 from derta_plugins.core.refusal_token import AUTO, RefusalToken, resolve_refusal_token, resolve_target
-from derta_plugins.core.transform import Row, build_authors_row, build_rows
+from derta_plugins.core.transform import Row
+from derta_plugins.transforms import build_training_rows
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ def training_rows(example: Example, view: View, *, refusal_token_id: int) -> lis
     }
     if example.tokenized is None:
         return []
-    if isinstance(example.tokenized, TokenizedTriple):
-        return build_rows(example.tokenized, view.config, **options)
-    return build_authors_row(example.tokenized, view.config, **options)
+    return build_training_rows(example.tokenized, view.config, **options)
 
 
 def target_of(view: View, found: Survey) -> RefusalToken | None:

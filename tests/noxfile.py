@@ -55,11 +55,11 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """The core without any host: no extra installed, and nothing in it may need one."""
-    prepare(session, "-e", ".", "pytest", constraints="trl.txt")
+    prepare(session, "-e", ".", "pytest", "hypothesis", constraints="trl.txt")
     session.run(
         "python", "-c", "import importlib.util as u; assert not (u.find_spec('trl') or u.find_spec('datasets'))"
     )
-    tests = ["config", "records", "transform", "transform_properties", "losses", "losses_distributed"]
+    tests = ["config", "records", "transform", "transform_properties", "losses", "losses_distributed", "row_check"]
     session.run("pytest", "derta_plugins/core", *(f"tests/core/test_{name}.py" for name in tests))
 
 
@@ -87,7 +87,9 @@ def trl_oldest(session: nox.Session) -> None:
 def trl(session: nox.Session) -> None:
     """Everything but the demo and the other hosts, on the newest supported TRL."""
     tests = ("tests", "derta_plugins", "--ignore=tests/equivalence", *OTHER_ADAPTERS)
-    run_host_tests(session, "trl", "-e", ".[demo]", constraints="trl.txt", tests=tests)
+    # what builds the wheel that `tests/test_wheel.py` installs, without a network
+    requirements = ("-e", ".[demo]", "hypothesis", "hatchling", "editables")
+    run_host_tests(session, "trl", *requirements, constraints="trl.txt", tests=tests)
     leave_losses(session, "trl")
 
 

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import distribution
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,17 @@ import derta_plugins
 from derta_plugins import hookspecs
 
 HOSTS = {"trl", "axolotl", "llamafactory", "transformers", "datasets", "peft", "matplotlib", "lm_eval"}
+ADAPTERS = {"trl", "axolotl", "llamafactory"}
+# What every interpreter or host command starts with: the standard library alone.
+START_UP = ["_autoload", "startup", "launch"]
 # Each may import itself and what stands before it: a new module needs a place here. `hookspecs` is the contract between
-# the plugin manager and the adapters; `survey`, `show` and `doctor` are what the commands of `cli` do.
-LEVELS = ["core", "hookspecs", "readers", "adapters", "plugin_manager", "survey", "show", "doctor", "demo", "cli"]
+# the plugin manager and the plugins, which it loads by name; `readers` and `transforms` use plugins where the built-in
+# ones are not asked for; from `survey` to `plugin_status` is what the commands of `cli` do.
+LEVELS = [
+    *START_UP,
+    *("core", "hookspecs", "plugin_manager", "readers", "transforms", "adapters", "recipe"),
+    *("survey", "show", "doctor", "plugin_status", "demo", "cli"),
+]
 
 PACKAGE = Path(derta_plugins.__file__).parent
 
@@ -68,6 +78,31 @@ def test_core_imports_torch_and_the_standard_library_alone(module):
     assert all(name.startswith("derta_plugins.core.") for name in ours - {"derta_plugins.core"})
 
 
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if name.removeprefix("derta_plugins.").split(".")[0] in START_UP]
+)
+def test_start_up_code_imports_the_standard_library_alone(module):
+    """Anywhere in its sources; the package itself, which comes with it, imports nothing at its top."""
+    imported = imports_of(MODULES[module].read_text()) - {"sitecustomize"}  # the user's own, which ours stands before
+    assert roots(imported) <= {"derta_plugins", *sys.stdlib_module_names}
+    assert not imports_of(MODULES["derta_plugins"].read_text(), top_level_only=True)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if ".adapters" not in name])
+def test_only_recipe_and_demo_import_from_adapters(module):
+    """All others have adapters loaded through their entry points, so that an absent host harms nobody else."""
+    found = {name for name in imports_of(MODULES[module].read_text()) if name.startswith("derta_plugins.adapters")}
+    assert not found or module.split(".")[1] in ("recipe", "demo"), f"{module} imports {found}"
+
+
+def test_the_package_says_which_way():
+    (said,) = re.findall(r"`(cli > [^`]*)`", derta_plugins.__doc__)
+    levels = [[LEVELS.index(name) for name in level.split(", ")] for level in " ".join(said.split()).split(" > ")]
+    for higher, lower in pairwise(levels):
+        assert min(higher) > max(lower), said
+    assert sum(map(len, levels)) == len(set(LEVELS) - {*START_UP, "hookspecs"})
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
     assert module == "derta_plugins" or level_of(module) >= 0, f"give {module} a place in LEVELS"
@@ -79,11 +114,26 @@ def test_imports_go_one_way(module):
             assert level_of(name) <= level_of(module), f"{module} imports {name} upwards"
 
 
-def test_no_adapter_imports_another():
-    offered = {entry.module for entry in distribution("derta-plugins").entry_points if entry.group == hookspecs.PROJECT}
-    for module, path in MODULES.items():
-        if module.startswith("derta_plugins.adapters"):
-            assert not imports_of(path.read_text()) & (offered - {module}), module
+def host_of(module: str) -> str:
+    """Host that a module of `adapters` is for, by its name; empty for any other module."""
+    name = module.removeprefix("derta_plugins.adapters.").partition("_")[0]
+    return name if module.startswith("derta_plugins.adapters.") and name in ADAPTERS else ""
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("derta_plugins.adapters.")])
+def test_no_adapter_imports_another(module):
+    imported = imports_of(MODULES[module].read_text())
+    assert {host_of(name) for name in imported & set(MODULES)} <= {"", host_of(module)}
+    others = ADAPTERS - {host_of(module)}
+    # Axolotl and LLaMA-Factory are built on TRL, and bring it
+    assert not roots(imported) & (others - {"trl"} if host_of(module) else others)
+
+
+def test_every_adapter_that_is_offered_has_a_host_of_its_own():
+    offered = {entry.name for entry in distribution("derta-plugins").entry_points if entry.group == hookspecs.PROJECT}
+    assert {host_of(f"derta_plugins.adapters.{name}") for name in offered} == offered
+    assert host_of("derta_plugins.adapters.axolotl_rows") == "axolotl"
+    assert host_of("derta_plugins.adapters.prepare") == host_of("derta_plugins.recipe.trl") == ""
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 import io
 import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from derta_plugins import cli, doctor
+from derta_plugins._autoload import HostFinder
 from derta_plugins.hookspecs import Adapter
-from derta_plugins.plugin_manager import AdapterError
+from derta_plugins.launch import STARTUP
+from derta_plugins.plugin_manager import HostMissingError, OtherKindError, PluginError
 from tests.conftest import byte_level_bpe, metaspace_unigram
+from tests.fake_hosts import run_python
 
 ADAPTER = Adapter("myhost", "my-host", "1.0.0", "1.2.0", "set `plugins: derta`")
 
@@ -32,7 +37,7 @@ def installed(monkeypatch):
         return adapters[name]
 
     monkeypatch.setattr(doctor, "version", version)
-    monkeypatch.setattr(doctor, "adapter_names", lambda: sorted(adapters))
+    monkeypatch.setattr(doctor, "plugin_names", lambda: sorted(adapters))
     monkeypatch.setattr(doctor, "get_adapter", get_adapter)
     return versions, adapters
 
@@ -41,15 +46,16 @@ def statuses():
     return {host.name: host for host in doctor.host_statuses()}
 
 
-def caused(cause):
-    error = AdapterError("Adapter 'trl' does not import (...)")
+def caused(cause, kind=PluginError):
+    error = kind("Plugin 'trl' does not import (...)")
     error.__cause__ = cause
     return error
 
 
-def test_a_host_without_adapter_is_named_with_the_versions_its_extra_asks_for(installed):
+def test_a_host_whose_adapter_is_not_registered_is_named_with_the_versions_its_extra_asks_for(installed):
+    """As after an upgrade of an editable install, whose entry points are those of the day it was made."""
     host = statuses()["axolotl"]
-    assert host.status == "no adapter in this version"
+    assert host.status == "broken: not registered; reinstall derta-plugins"
     assert host.installed == "not installed"
     assert re.match(r">=\d", host.tested)
 
@@ -73,9 +79,15 @@ def test_a_working_adapter_is_compared_with_what_was_tested(installed, version, 
     assert host.how_to_use == "set `plugins: derta`"
 
 
+def test_one_tested_version_is_named_once(installed):
+    versions, adapters = installed
+    versions["my-host"], adapters["myhost"] = "1.2.0", replace(ADAPTER, oldest_tested="1.2.0")
+    assert statuses()["myhost"].tested == "1.2.0"
+
+
 def test_an_absent_host_is_no_fault_of_its_adapter(installed):
     _, adapters = installed
-    adapters["trl"] = caused(ModuleNotFoundError("No module named 'trl'"))
+    adapters["trl"] = caused(ModuleNotFoundError("No module named 'trl'"), HostMissingError)
     host = statuses()["trl"]
     assert host.status == "host missing"
     assert host.how_to_use == "pip install 'derta-plugins[trl]'"
@@ -85,10 +97,10 @@ def test_an_absent_host_is_no_fault_of_its_adapter(installed):
     ("offer", "reason"),
     [
         (caused(ImportError("trl>=1.15.0 is needed, got 1.8.0\nmore")), "broken: trl>=1.15.0 is needed, got 1.8.0"),
-        (AdapterError("Adapter 'trl' is offered by a, b"), "broken: Adapter 'trl' is offered by a, b"),
+        (PluginError("Plugin 'trl' is offered by a and b"), "broken: Plugin 'trl' is offered by a and b"),
+        (caused(ModuleNotFoundError("No module named 'peft'"), HostMissingError), "broken: No module named 'peft'"),
         (RuntimeError("CUDA is odd"), "broken: CUDA is odd"),
         (ValueError(), "broken: ValueError"),
-        (None, "broken: it does not describe its host"),
     ],
 )
 def test_a_broken_adapter_says_why_and_harms_no_other(installed, offer, reason):
@@ -98,6 +110,20 @@ def test_a_broken_adapter_says_why_and_harms_no_other(installed, offer, reason):
     found = statuses()
     assert found["trl"].status == reason
     assert found["myhost"].status == "ok"
+
+
+def test_a_broken_adapter_of_others_is_not_taken_for_an_absent_host(installed):
+    _, adapters = installed
+    adapters |= {"yours": PluginError("it is odd"), "theirs": caused(ModuleNotFoundError("x"), HostMissingError)}
+    found = statuses()
+    assert (found["yours"].status, found["theirs"].status) == ("broken: it is odd", "host missing")
+    assert found["theirs"].how_to_use == ""
+
+
+def test_plugins_that_are_no_adapters_are_no_hosts(installed):
+    _, adapters = installed
+    adapters |= {"a-judge": OtherKindError("it is a judge"), "myhost": ADAPTER}
+    assert list(statuses()) == [*doctor.HOSTS, "myhost"]
 
 
 def test_the_adapters_of_this_package_are_described():
@@ -117,6 +143,135 @@ def test_the_environment_fits_its_terminal(installed, width):
     assert max(len(line) for line in text.splitlines()) <= width
     assert re.search(r"│ trl +│ 1\.16\.0 +│", text)
     assert "torch 2.13.0, transformers not installed" in text.replace("\n", "")
+
+
+# --- start-up code and patch points ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_up(monkeypatch, tmp_path):
+    """Set how this Python was started: which site folder holds the start-up file, and the state of the finder."""
+
+    def set_up(*, has_file=True, has_finder=True, **environment):
+        site = tmp_path / "site"
+        site.mkdir()
+        if has_file:
+            (site / "derta_plugins_autoload.pth").touch()
+        monkeypatch.setattr("sys.path", ["", "/nowhere", str(site)])
+        monkeypatch.setattr("sys.meta_path", [HostFinder()] if has_finder else [])
+        for name in ("PYTHONPATH", "DERTA_AUTOLOAD"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return site / "derta_plugins_autoload.pth"
+
+    return set_up
+
+
+def test_the_start_up_file_is_named_with_its_place(start_up):
+    file = start_up()
+    assert doctor.startup_finding() == doctor.Finding("start-up code", f"active, by {file}")
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_launch_is_named_although_there_is_a_file_too(start_up, has_file):
+    start_up(has_file=has_file, PYTHONPATH=f"{STARTUP}:/a", DERTA_AUTOLOAD="1")
+    assert doctor.startup_finding().value == "active, by derta_plugins.launch"
+
+
+@pytest.mark.parametrize("options", [{"has_file": False}, {"DERTA_AUTOLOAD": "0"}])
+def test_a_finder_that_neither_has_installed_was_installed_by_hand(start_up, options):
+    start_up(**options)
+    assert doctor.startup_finding().value == "active, by a call of its `install`"
+
+
+def test_switched_off_is_a_choice_and_no_problem(start_up):
+    start_up(has_finder=False, DERTA_AUTOLOAD="0")
+    found = doctor.startup_finding()
+    assert found.value.startswith("switched off by DERTA_AUTOLOAD=0; put `python -m derta_plugins.launch`")
+    assert not found.problem
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_file_that_is_not_there_or_does_not_run_is_a_problem(start_up, has_file):
+    file = start_up(has_file=has_file, has_finder=False)
+    found = doctor.startup_finding()
+    there, absent = f"{file} is there, but this Python does not run it", f"no {file.name} in this environment"
+    assert found.value == (there if has_file else absent)
+    assert found.problem == "reinstall derta-plugins, or put `python -m derta_plugins.launch` before the command"
+
+
+@pytest.fixture
+def patches(installed, monkeypatch):
+    """What `missing_points` of each host's patch gives; both hosts are installed."""
+    versions, _ = installed
+    versions |= {"axolotl": "0.19.0", "llamafactory": "0.9.5"}
+    answers = {}
+
+    def import_module(name):
+        answer = answers[name.rpartition(".")[2]]
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(missing_points=answer)
+
+    monkeypatch.setattr(doctor, "import_module", import_module)
+    return answers
+
+
+def test_patch_points_are_found_or_named(patches):
+    patches |= {"axolotl_patch": list, "llamafactory_patch": lambda: ["tuner.run_sft is missing", "loader is missing"]}
+    whole, lacking = doctor.patch_findings()
+    assert whole == doctor.Finding("axolotl patch points", "all found")
+    assert (lacking.name, lacking.value) == (
+        "llamafactory patch points",
+        "tuner.run_sft is missing, loader is missing",
+    )
+    assert lacking.problem == "DeRTa does not work in this llamafactory"
+
+
+def test_patches_that_are_absent_or_fail_are_broken_and_harm_no_other(patches):
+    def failing():
+        raise RuntimeError("no GPU\nmore")
+
+    patches |= {"axolotl_patch": ModuleNotFoundError("No module named 'pydantic'"), "llamafactory_patch": failing}
+    first, second = doctor.patch_findings()
+    assert (first.value, second.value) == ("broken: No module named 'pydantic'", "broken: no GPU")
+    assert first.problem
+    assert second.problem
+
+
+def test_patch_points_of_absent_hosts_are_not_looked_for(installed):
+    versions, _ = installed
+    assert list(doctor.patch_findings()) == []
+    versions["axolotl-contribs"] = "1"
+    assert list(doctor.patch_findings()) == []
+
+
+def test_doctor_prints_them(patches, start_up):
+    start_up(has_finder=False)
+    patches |= {"axolotl_patch": list, "llamafactory_patch": lambda: ["run_sft is missing"]}
+    console = Console(file=io.StringIO(), width=300, color_system=None)
+    doctor.print_environment(console)
+    printed = console.file.getvalue().splitlines()
+    assert printed[-3].startswith("start-up code: ")
+    assert printed[-3].endswith("before the command")
+    assert printed[-2:] == [
+        "axolotl patch points: all found",
+        "llamafactory patch points: run_sft is missing; DeRTa does not work in this llamafactory",
+    ]
+
+
+def test_doctor_sees_how_its_python_was_started():
+    """In real interpreters of this environment."""
+    code = "from derta_plugins.doctor import startup_finding; print(startup_finding())"
+    started = run_python("-c", code, DERTA_AUTOLOAD=None).stdout
+    assert re.search(r"active, by /.*/derta_plugins_autoload\.pth", started), "reinstall the checkout"
+    assert "switched off" in run_python("-c", code, DERTA_AUTOLOAD="0").stdout
+    launched = run_python("-m", "derta_plugins.launch", "python", "-c", code, DERTA_AUTOLOAD="0").stdout
+    assert "active, by derta_plugins.launch" in launched
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def findings(tokenizer, text="Sorry", **options):

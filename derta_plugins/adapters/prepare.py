@@ -43,7 +43,7 @@ SAFETY_COLUMNS = KNOWN_COLUMNS - frozenset().union(*HELPFUL_FORMATS.values())
 """A dataset with one of these is read record by record; without, it is ordinary and its host's own."""
 
 
-_STREAM_PEEK = 1000
+STREAM_PEEK = 1000
 _NOT_ORDINARY = {
     ("seq_lengths",): "it is packed already. Give the rows before packing.",
     ("completion", "label"): "unpaired preference rows, whose undesired completions would be trained. Keep the desired "
@@ -150,7 +150,7 @@ def prepare(
             raise ConfigError("`resample_each_epoch` needs datasets in memory: a stream is not told its epoch.")
         return Prepared(_interleave(how, ordinary, build_dataset(tokenized, build)), target, counts)
     rows = build_dataset(tokenized, build, num_proc=how.num_proc)
-    _count_rows(rows, counts)
+    count_rows(rows, counts)
     if resample:
         return Prepared(ResampledRows(_join(ordinary) if ordinary else None, tokenized, build), target, counts)
     return Prepared(_join([*ordinary, rows]), target, counts)
@@ -194,11 +194,11 @@ def split_by_format(
 
 def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
     """The RTO target for these records (of a stream: by its first 1000 records)."""
-    peek = tokenized.take(_STREAM_PEEK) if is_streaming(tokenized) else tokenized
+    peek = tokenized.take(STREAM_PEEK) if is_streaming(tokenized) else tokenized
     triples = [record[TOKENIZED] for record in peek if not record[TOKENIZED]["is_authors_row"]]
     firsts = [Counter(triple[name][0] for triple in triples if triple[name]) for name in ("chosen_ids", "rejected_ids")]
     if is_streaming(tokenized) and next(iter(peek), None) is None:
-        raise ValueError(f"No record among the first {_STREAM_PEEK} of the safety stream can be trained.")
+        raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")
     token = resolve_target(tokenizer, config, *firsts)
     warn_if_unfit(token)
     return token
@@ -305,8 +305,8 @@ def _interleave(how: Preparation, ordinary: list[AnyDataset], safety: AnyDataset
     )
 
 
-def _count_rows(rows: Dataset, counts: RowCounts) -> None:
-    """Add the rows of triples to `counts`."""
+def count_rows(rows: Dataset, counts: RowCounts) -> None:
+    """Add the rows of triples to `counts`, and warn if `max_length` limits their prefixes."""
     objectives = Counter(rows["objective"][:])
     counts.mle_rows += objectives["mle"]
     counts.rto_rows += objectives["rto"]

@@ -9,23 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from derta_plugins import core
+from derta_plugins import core, transforms
 from derta_plugins.core.chat import RecordTokenizer, TokenizedAuthorsRow, TokenizedTriple
 from derta_plugins.core.config import DeRTaConfig
-from derta_plugins.core.records import (
-    BadRecordError,
-    Triple,
-    parse_record,
-)
-from derta_plugins.core.transform import Row, build_authors_row, build_rows, has_rto_row
+from derta_plugins.core.records import AuthorsRow, BadRecordError, Triple, parse_record
+from derta_plugins.core.transform import Row, has_rto_row
+from derta_plugins.plugin_manager import PluginError
+from derta_plugins.transforms import build_training_rows, transform_code
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +34,12 @@ INDEX = "derta_index"
 
 # Part of what is mapped over a dataset, and so of the key that `datasets` caches its result under: rows that an older
 # release of this code built are never taken from a cache.
-_SOURCES = [*sorted(Path(core.__file__).parent.glob("*.py")), Path(__file__)]
+_SOURCES = [*sorted(Path(core.__file__).parent.glob("*.py")), Path(transforms.__file__), Path(__file__)]
 CODE_DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
 
 _IDS, _LABELS = List(Value("int32")), List(Value("int64"))
 # Written out: inferred types would follow the first records, whose lists may all be empty.
-_TOKENIZED_FEATURES = Features(
+TOKENIZED_FEATURES = Features(
     {
         TOKENIZED: {
             "prompt_ids": _IDS,
@@ -58,7 +56,7 @@ _TOKENIZED_FEATURES = Features(
     }
 )
 _ROW_FEATURES = Features({"input_ids": _LABELS, "labels": _LABELS, "rto_mask": List(Value("bool"))})
-_BUILT_FEATURES = Features(
+BUILT_FEATURES = Features(
     {**_ROW_FEATURES, "objective": Value("string"), "num_truncated": Value("int32"), "is_limited": Value("bool")}
 )
 
@@ -88,18 +86,31 @@ def tokenize_records(
     Raises:
         BadRecordError: If a record is bad and `on_bad_record` is `error`.
     """
-    tokenize = _TokenizeRecord(RecordTokenizer.for_config(tokenizer, config), config, max_length)
+    tokenize = TokenizeRecord(RecordTokenizer.for_config(tokenizer, config), config, max_length)
+    return map_tokenized(dataset, tokenize, skipped=skipped, num_proc=num_proc)
+
+
+def map_tokenized(
+    dataset: Dataset | IterableDataset, tokenize: TokenizeRecord, *, skipped: Counter[str], **options: Any
+) -> Dataset | IterableDataset:
+    """
+    Records mapped by `tokenize`, without those that it skips; `options` go to `Dataset.map` (a stream has none).
+
+    Raises:
+        BadRecordError: If a record is bad and `on_bad_record` is `error`.
+    """
     columns = columns_of(dataset)
     if is_streaming(dataset):
-        stream = dataset.map(tokenize, with_indices=True, remove_columns=columns, features=_TOKENIZED_FEATURES)
-        return stream.filter(_keep_and_say_skipped)
+        # types come last: datasets 4.0 cannot filter a stream that has them
+        stream = dataset.map(tokenize, with_indices=True, remove_columns=columns).filter(_keep_and_say_skipped)
+        return stream.cast(TOKENIZED_FEATURES)
     tokenized = dataset.map(
         tokenize,
         with_indices=True,
         remove_columns=columns,
-        features=_TOKENIZED_FEATURES,
-        num_proc=num_proc,
+        features=TOKENIZED_FEATURES,
         desc="Tokenizing safety records",
+        **options,
     )
     reasons = tokenized["skipped"][:]
     skipped.update(reason for reason in reasons if reason)
@@ -110,7 +121,7 @@ def build_dataset(
     tokenized: Dataset | IterableDataset, build: BuildRows, *, num_proc: int | None = None
 ) -> Dataset | IterableDataset:
     """Training rows of tokenised records, drawn once (epoch 0)."""
-    options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(tokenized), "features": _BUILT_FEATURES}
+    options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(tokenized), "features": BUILT_FEATURES}
     if is_streaming(tokenized):
         return tokenized.map(build, **options)
     return tokenized.map(build, num_proc=num_proc, desc="Building DeRTa rows", **options)
@@ -124,6 +135,11 @@ class BuildRows:
     refusal_token_id: int
     max_length: int | None
     code: str = CODE_DIGEST
+    transform: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # a part of the cache key; and a transform that cannot be had ends the run before a record is read
+        object.__setattr__(self, "transform", transform_code(self.config))
 
     def rows(self, tokenized: Mapping[str, Any], index: int, epoch: int = 0) -> list[Row]:
         """Rows of one tokenised record."""
@@ -133,7 +149,7 @@ class BuildRows:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         records = zip(batch[TOKENIZED], batch["index"], strict=True)
         rows = [row for record, index in records for row in self.rows(record, index)]
-        return {name: [getattr(row, name) for row in rows] for name in _BUILT_FEATURES}
+        return {name: [getattr(row, name) for row in rows] for name in BUILT_FEATURES}
 
 
 class ResampledRows(torch.utils.data.Dataset):
@@ -147,13 +163,16 @@ class ResampledRows(torch.utils.data.Dataset):
     def __init__(self, ordinary: Dataset | None, tokenized: Dataset, build: BuildRows) -> None:
         self._ordinary, self._tokenized, self._build = ordinary, tokenized, build
         self._num_ordinary = 0 if ordinary is None else len(ordinary)
-        self._slots = [(place, slot) for place in range(len(tokenized)) for slot in range(self._rows_of(place))]
+        self._num_rows = [self._rows_of(place) for place in range(len(tokenized))]
+        self._slots = [(place, slot) for place, count in enumerate(self._num_rows) for slot in range(count)]
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def _rows_of(self, place: int) -> int:
         record = self._tokenized[place]
         if record[TOKENIZED]["is_authors_row"]:
             return 1
+        if self._build.config.transform is not None:
+            return len(self._build.rows(record[TOKENIZED], record["index"]))
         return self._build.config.num_prefixes + has_rto_row(self._build.config, record["index"])
 
     def set_epoch(self, epoch: int) -> None:
@@ -171,8 +190,14 @@ class ResampledRows(torch.utils.data.Dataset):
             return {name: row[name] for name in ROW_COLUMNS}
         record_place, slot = self._slots[place - self._num_ordinary]
         record = self._tokenized[record_place]
-        row = self._build.rows(record[TOKENIZED], record["index"], int(self._epoch))[slot]
-        return {name: getattr(row, name) for name in ROW_COLUMNS}
+        rows = self._build.rows(record[TOKENIZED], record["index"], int(self._epoch))
+        if len(rows) != self._num_rows[record_place]:
+            raise PluginError(
+                f"The transform {self._build.config.transform!r} must give a record as many rows in every epoch, gave "
+                f"record {record['index']} {self._num_rows[record_place]} in epoch 0 and {len(rows)} in epoch "
+                f"{int(self._epoch)}. Leave `resample_each_epoch` out."
+            )
+        return {name: getattr(rows[slot], name) for name in ROW_COLUMNS}
 
 
 def as_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -191,12 +216,40 @@ def concatenate(parts: list[Dataset]) -> Dataset:
     return concatenate_datasets([part.select_columns(list(ROW_COLUMNS)).cast(_ROW_FEATURES) for part in parts])
 
 
+class TripleTokenizer(Protocol):
+    """What lays a triple out as token ids: `RecordTokenizer`, or a host's own template."""
+
+    def triple(self, triple: Triple) -> TokenizedTriple:
+        """Token ids of a triple."""
+
+
 @dataclass(frozen=True)
-class _TokenizeRecord:
-    tokenizer: RecordTokenizer
+class TokenizeRecord:
+    """
+    Maps a safety record to its token ids, under `TOKENIZED`, with its index and the reason why it is skipped, if it is.
+    Picklable, and hashed with its knobs into the cache key of `datasets`.
+
+    Attributes:
+        tokenizer: Lays triples out; the authors' training rows need a `RecordTokenizer`.
+        config: Knobs.
+        max_length: Longest row, or None.
+        read: Parses a record, for hosts with record formats of their own.
+        code: Digest of the sources.
+
+    Raises:
+        BadRecordError: When called, if the record is bad and `on_bad_record` is `error`.
+    """
+
+    tokenizer: RecordTokenizer | TripleTokenizer
     config: DeRTaConfig
     max_length: int | None
+    read: Callable[[Mapping[str, Any]], Triple | AuthorsRow | None] = parse_record
     code: str = CODE_DIGEST
+    transform: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # as in `BuildRows`
+        object.__setattr__(self, "transform", transform_code(self.config))
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         index = record.get(INDEX, index)
@@ -209,7 +262,7 @@ class _TokenizeRecord:
         return {TOKENIZED: tokenized, "index": index, "skipped": reason}
 
     def _tokenize(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
-        parsed = parse_record(record)
+        parsed = self.read(record)
         if parsed is None:
             raise BadRecordError(
                 "record", "is an ordinary row in a stream of safety records; give it as its own dataset."
@@ -243,9 +296,9 @@ def _build(tokenized: Mapping[str, Any], config: DeRTaConfig, **options: Any) ->
     if tokenized["is_authors_row"]:
         is_rto = tokenized["is_authors_rto"]
         text_ids = tokenized["rejected_ids"] if is_rto else tokenized["chosen_ids"]
-        return build_authors_row(TokenizedAuthorsRow(tokenized["prompt_ids"], text_ids, is_rto), config, **options)
+        return build_training_rows(TokenizedAuthorsRow(tokenized["prompt_ids"], text_ids, is_rto), config, **options)
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "end_ids", "word_ends", "earlier_turns")
-    return build_rows(TokenizedTriple(**{name: tokenized[name] for name in names}), config, **options)
+    return build_training_rows(TokenizedTriple(**{name: tokenized[name] for name in names}), config, **options)
 
 
 def _keep_and_say_skipped(record: Mapping[str, Any]) -> bool:

@@ -18,12 +18,15 @@ from derta_plugins.core.config import (
     PrefixUnit,
     RTOTurns,
 )
+from derta_plugins.hookspecs import HostVersionError
 
 OLDEST_TESTED, NEWEST_TESTED = "1.9.0", "1.16.0"
 
 # Older ones build labels in their collator, after our rows.
 if Version(trl.__version__) < Version(OLDEST_TESTED):
-    raise ImportError(f"trl>={OLDEST_TESTED} is needed, got {trl.__version__}: pip install -U 'derta-plugins[trl]'")
+    raise HostVersionError(
+        f"trl>={OLDEST_TESTED} is needed, got {trl.__version__}: pip install -U 'derta-plugins[trl]'"
+    )
 
 # From 1.15 on SFTTrainer has the model score its targets without building logits; before, the logits are built.
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.15.0")
@@ -56,6 +59,7 @@ class DeRTaSFTConfig(SFTConfig):
     normalization: Normalization = _knob("normalization", "'token_mean', 'sequence_sum' or 'component_mean'.")
     rto_weight: float = _knob("rto_weight", "Weight of the RTO positions.")
     boundary_ratio: float | None = _knob("boundary_ratio", "Benign look-alike rows per triple; all when not set.")
+    transform: str | None = _knob("transform", "Installed plugin that turns triples into rows; ours when not set.")
     on_bad_record: OnBadRecord = _knob("on_bad_record", "'error', or 'skip' to drop, count and report bad records.")
     safety_probability: float = field(
         default=6000 / 66000,

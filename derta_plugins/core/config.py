@@ -71,6 +71,8 @@ class DeRTaConfig:
         rto_weight: Weight of RTO positions. Paper: 1.
         boundary_ratio: Benign look-alike rows per triple. None takes every row given. Paper (ACL version): XSTest
             refusals fell from 64 % to 18 % with 200 boundary samples.
+        transform: Name of an installed plugin that turns triples into rows in place of `core.transform`. Its rows are
+            checked before they are trained. None takes the built-in transform, the paper's.
         on_bad_record: `error` stops at the first record that is no triple; `skip` drops, counts and reports them.
         seed: Seed of every draw.
 
@@ -92,6 +94,7 @@ class DeRTaConfig:
     normalization: Normalization = "token_mean"
     rto_weight: float = 1.0
     boundary_ratio: float | None = None
+    transform: str | None = None
     on_bad_record: OnBadRecord = "error"
     seed: int = 0
 
@@ -105,6 +108,11 @@ class DeRTaConfig:
                 raise ConfigError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if not isinstance(self.refusal_text, str) or not self.refusal_text.strip():
             raise ConfigError(f"`refusal_text` must be a word such as 'Sorry', or 'auto', got {self.refusal_text!r}.")
+        if self.transform is not None and not (isinstance(self.transform, str) and self.transform.strip()):
+            raise ConfigError(
+                f"`transform` must be the name of an installed transform (`derta plugins` lists them) or null, got "
+                f"{self.transform!r}."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DeRTaConfig:

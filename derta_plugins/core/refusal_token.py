@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,13 @@ def resolve_refusal_token_id(tokenizer: Any, text: str = "Sorry", *, allow_first
     return resolve_refusal_token(tokenizer, text, allow_first_piece=allow_first_piece).id
 
 
-def resolve_refusal_token(tokenizer: Any, text: str = "Sorry", *, allow_first_piece: bool = False) -> RefusalToken:
+def resolve_refusal_token(
+    tokenizer: Any,
+    text: str = "Sorry",
+    *,
+    allow_first_piece: bool = False,
+    encode_answer: Callable[[str], list[int]] | None = None,
+) -> RefusalToken:
     """
     The refusal token that `text` names, for byte-level BPE, SentencePiece and WordPiece tokenizers alike.
 
@@ -64,11 +70,13 @@ def resolve_refusal_token(tokenizer: Any, text: str = "Sorry", *, allow_first_pi
             generation prompt" is.
         text: First word of a refusal.
         allow_first_piece: Take the first piece when `text` is several tokens.
+        encode_answer: Ids of an answer right after the generation prompt, for hosts with templates of their own; None
+            takes the tokenizer's chat template.
 
     Raises:
         RefusalTokenError: If `text` is several tokens (the pieces are listed) or unknown to the tokenizer.
     """
-    pieces = _pieces_at_start(tokenizer, text)
+    pieces = encode_answer(text) if encode_answer else _pieces_at_start(tokenizer, text)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in pieces[:1]:
         raise RefusalTokenError(
             f"The refusal text {text!r} is not in the tokenizer's vocabulary (it reads as {tokenizer.unk_token!r}). "
@@ -113,7 +121,12 @@ def auto_refusal_token(tokenizer: Any, first_ids: Iterable[int]) -> RefusalToken
 
 
 def resolve_target(
-    tokenizer: Any, config: DeRTaConfig, chosen_first_ids: Counter[int], rejected_first_ids: Counter[int]
+    tokenizer: Any,
+    config: DeRTaConfig,
+    chosen_first_ids: Counter[int],
+    rejected_first_ids: Counter[int],
+    *,
+    encode_answer: Callable[[str], list[int]] | None = None,
 ) -> RefusalToken:
     """
     The RTO target of a run: what `refusal_text` names, or the commonest first token of the safe responses for `auto`.
@@ -124,6 +137,7 @@ def resolve_target(
         chosen_first_ids: First tokens of the triples' safe responses. The authors' training rows do not count: their
             MLE rows may be helpful ones.
         rejected_first_ids: The same of the harmful responses.
+        encode_answer: See `resolve_refusal_token`.
 
     Raises:
         RefusalTokenError: If `refusal_text` is not one token, or is `auto` and there is no triple.
@@ -131,7 +145,9 @@ def resolve_target(
     if config.refusal_text == AUTO:
         token = auto_refusal_token(tokenizer, chosen_first_ids.elements())
     else:
-        token = resolve_refusal_token(tokenizer, config.refusal_text, allow_first_piece=config.allow_first_piece)
+        token = resolve_refusal_token(
+            tokenizer, config.refusal_text, allow_first_piece=config.allow_first_piece, encode_answer=encode_answer
+        )
     return replace(
         token, share=_share(token.id, chosen_first_ids), share_of_harmful=_share(token.id, rejected_first_ids)
     )

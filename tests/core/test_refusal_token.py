@@ -151,6 +151,19 @@ def test_text_without_a_token_is_refused():
 # --- auto ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_host_with_templates_of_its_own_says_how_an_answer_begins():
+    tokenizer = byte_level_bpe()
+
+    def encode_answer(text):
+        return tokenizer(f" {text}")["input_ids"]
+
+    token = resolve_refusal_token(tokenizer, "Sorry", encode_answer=encode_answer)
+    assert (token.id, token.text) == (id_of(tokenizer, "ĠSorry"), " Sorry")
+    config = DeRTaConfig(refusal_text="Sorry")
+    assert resolve_target(tokenizer, config, Counter(), Counter(), encode_answer=encode_answer).id == token.id
+    assert resolve_target(tokenizer, config, Counter(), Counter()).id == id_of(tokenizer, "Sorry")
+
+
 def test_auto_takes_the_commonest_first_token_with_its_share():
     tokenizer = byte_level_bpe()
     sorry, step = id_of(tokenizer, "Sorry"), id_of(tokenizer, "Step")
