@@ -103,8 +103,10 @@ def axolotl(session: nox.Session) -> None:
 @nox.session
 def llamafactory(session: nox.Session) -> None:
     """The LLaMA-Factory adapter, through `llamafactory-cli train`."""
-    requirements = ("-e", ".[llamafactory]", "torch", "torchvision", "torchaudio")
-    run_host_tests(session, "llamafactory", *requirements, constraints="llamafactory.txt", tests=HOST_TESTS)
+    # three versions of torch's that belong together, and what the host runs on several machines with
+    requirements = ("-e", ".[llamafactory]", "torch", "torchvision", "torchaudio", "ray")
+    tests = (*HOST_TESTS, "tests/test_launch.py")
+    run_host_tests(session, "llamafactory", *requirements, constraints="llamafactory.txt", tests=tests)
     leave_losses(session, "llamafactory")
 
 

@@ -18,7 +18,7 @@ from derta_plugins import cli
 from tests.conftest import byte_level_bpe, helpful_records, safety_records
 
 DERTA = Path(sys.executable).with_name("derta")
-COMMANDS = ("show", "doctor", "demo", "plugins", "recipe")
+COMMANDS = ("show", "doctor", "demo", "plugins")
 
 
 @pytest.fixture(autouse=True)

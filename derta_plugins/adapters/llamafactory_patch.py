@@ -68,7 +68,8 @@ def apply(module: ModuleType) -> None:
         return
     parser = importlib.import_module(_PARSER)
     dispatch = _dispatch(module.run_sft)
-    _swap(parser._TRAIN_ARGS, parser.FinetuningArguments, ours)
+    if _ours(parser._TRAIN_ARGS) is None:  # else the dispatcher alone was loaded anew
+        _swap(parser._TRAIN_ARGS, parser.FinetuningArguments, ours)
     module.run_sft = dispatch
 
 

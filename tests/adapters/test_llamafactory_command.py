@@ -117,7 +117,6 @@ def test_two_processes_train_like_one(folder):
 
 def test_a_ray_worker_trains_like_a_process(folder):
     """The host's own worker class; its placement asks for ten CPUs per device that it sees, and CPUs are devices."""
-    pytest.importorskip("ray", reason="the host's optional package for several machines: pip install ray")
     config = make_config(folder, max_steps=4, learning_rate=1e-2)
     (folder / "run.json").write_text(json.dumps(config))
     run = subprocess.run(

@@ -51,6 +51,15 @@ def test_apply_undo_and_apply_twice(untouched):
     assert tuner.run_sft is host_run_sft
 
 
+def test_a_dispatcher_that_was_loaded_anew_is_patched_again(untouched):
+    patch.apply(tuner)
+    tuner.run_sft = host_run_sft
+    patch.apply(tuner)
+    assert patch.is_applied()
+    assert tuner.run_sft is not host_run_sft
+    assert parser._TRAIN_ARGS.count(DeRTaFinetuningArguments) == 1
+
+
 def test_this_host_has_every_patch_point():
     assert patch.missing_points() == []
 
