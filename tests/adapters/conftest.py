@@ -13,7 +13,7 @@ import torch
 # Axolotl and LLaMA-Factory bring a TRL of their own, so they are asked for first.
 HOSTS = ("axolotl", "llamafactory", "trl")
 HOST = next(host for host in HOSTS if find_spec(host))
-collect_ignore_glob = [f"test_{host}_*.py" for host in HOSTS if host != HOST]
+collect_ignore_glob = [f"{start}{host}_*.py" for host in HOSTS if host != HOST for start in ("", "test_")]
 
 
 @pytest.fixture(autouse=True)
