@@ -24,6 +24,10 @@ from tests.conftest import byte_level_bpe, helpful_records, safety_records, tiny
 STEPS = 20
 HERE = ("--launcher", "python")
 ON_CPU = "tests.adapters.axolotl_on_cpu"
+LORA = {
+    "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_linear": True,
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,  # they are Triton's
+}  # fmt: skip
 
 
 def make_folder(folder, **model_options):
@@ -104,11 +108,7 @@ def test_lora_with_packing_and_evaluation(tmp_path):
         folder,
         *HERE,
         adapter="lora",
-        lora_r=8,
-        lora_alpha=16,
-        lora_dropout=0.0,
-        **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),  # Triton's
-        lora_target_linear=True,
+        **LORA,
         sample_packing=True,
         eval_sample_packing=False,
         test_datasets=[
@@ -135,6 +135,27 @@ def test_lora_with_packing_and_evaluation(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder / "my-model")
     before = refusal_probability(base)
     assert refusal_probability(PeftModel.from_pretrained(base, folder / "my-safe-model")) > 5 * before
+
+
+def test_ligers_fused_loss_is_the_same_loss_without_components(learnt, folder):
+    """Liger's own kernel, interpreted where there is no GPU."""
+    plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
+    off = dict.fromkeys(("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm"), False)
+    options = {"plugins": plugins, "liger_fused_linear_cross_entropy": True, "output_dir": "liger", **off}
+    output = succeed(folder, *HERE, env={"TRITON_INTERPRET": "1"}, **options)
+    assert "builds no logits" in output
+    fused, known = ([entry for entry in log_of(path) if "loss" in entry] for path in (folder / "liger", learnt))
+    assert values(fused, "loss") == pytest.approx(values(known, "loss"), rel=1e-4)
+    assert values(fused, "rto_tokens") == values(known, "rto_tokens")
+    assert not {"mle_loss", "rto_loss", "p_refusal"} & {name for entry in fused for name in entry}
+
+
+def test_qlora_learns(tmp_path):
+    folder = make_folder(tmp_path, initializer_range=0.3, hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    succeed(folder, *HERE, adapter="qlora", load_in_4bit=True, **LORA)
+    learnt = values(log_of(folder / "my-safe-model"), "p_refusal")
+    assert learnt[-1] > 20 * learnt[0]
+    assert (folder / "my-safe-model" / "adapter_model.safetensors").is_file()
 
 
 def test_prepared_rows_are_used_again_but_not_for_other_knobs(folder):

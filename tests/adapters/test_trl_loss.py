@@ -100,7 +100,7 @@ def test_two_ranks_train_like_one(tmp_path, normalization):
     output.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = [str(ROOT / "tests" / "adapters" / "ddp_worker.py"), str(output), normalization, "2"]
+    worker = [str(ROOT / "tests" / "adapters" / "trl_ddp_worker.py"), str(output), normalization, "2"]
     run = subprocess.run(
         [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *worker],
         env=environment, capture_output=True, text=True, timeout=300,
