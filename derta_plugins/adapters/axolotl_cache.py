@@ -92,6 +92,7 @@ def _sha256(file: Path) -> str:
 
 def _check_host_keys_it(cfg: Any, entry: dict[str, Any]) -> None:
     marks = (entry["conversation"], "derta-other")
+    entry = {name: value for name, value in entry.items() if value is not None}
     # as Axolotl's validation leaves them
     entries = [SFTDataset(**{**entry, "conversation": mark}).model_dump(exclude_none=True) for mark in marks]
     keys = {generate_dataset_hash_from_config(cfg, [DictDefault(one)], "tokenizer") for one in entries}

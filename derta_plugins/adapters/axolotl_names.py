@@ -16,18 +16,17 @@ UNSUPPORTED_FROM = "0.20"
 
 def version_problem() -> str:
     """Why the installed Axolotl cannot be used; empty if it can."""
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
     try:
         installed = version("axolotl")
     except PackageNotFoundError:
         installed = "none"
-    if installed != "none" and Version(OLDEST_TESTED) <= Version(installed) < Version(UNSUPPORTED_FROM):
+    supported = f">={OLDEST_TESTED},<{UNSUPPORTED_FROM}"
+    # a release candidate of what is not supported is not below it
+    if installed != "none" and SpecifierSet(supported).contains(installed, prereleases=True):
         return ""
-    return (
-        f"DeRTa needs axolotl>={OLDEST_TESTED},<{UNSUPPORTED_FROM}, got {installed}: "
-        f"pip install 'axolotl>={OLDEST_TESTED},<{UNSUPPORTED_FROM}'"
-    )
+    return f"DeRTa needs axolotl{supported}, got {installed}: pip install 'axolotl{supported}'"
 
 
 def entries_of(cfg: Mapping[str, Any], split: str) -> list[Any]:

@@ -103,7 +103,7 @@ def long_names(plugins: Any) -> Any:
                 f"`plugins: {plugins}` names no plugin; write `plugins: derta`, or a list with `{PLUGIN}`."
             )
         return plugins
-    if not isinstance(plugins, list | tuple):
+    if not isinstance(plugins, list | tuple) or not any(map(_is_name_of_ours, plugins)):
         return plugins
     return list(dict.fromkeys(PLUGIN if _is_name_of_ours(name) else name for name in plugins))
 

@@ -17,7 +17,7 @@ from derta_plugins.adapters.axolotl_names import DATASET_TYPE, entries_of, is_ou
 from derta_plugins.adapters.prepare import Preparation, prepare
 from derta_plugins.adapters.row_datasets import columns_of, is_streaming
 from derta_plugins.core.config import ConfigError
-from derta_plugins.core.records import AUTHORS_ROW_COLUMNS, TRIPLE_FORMATS
+from derta_plugins.core.records import AUTHORS_ROW_COLUMNS, TOKENIZED_COLUMNS, TRIPLE_FORMATS
 
 if TYPE_CHECKING:
     from derta_plugins.adapters.axolotl_plugin import DeRTaPlugin
@@ -39,6 +39,7 @@ _NEVER_ORDINARY = [
     TRIPLE_FORMATS["DeRTa authors' triples"],
     frozenset({"is_response_0_safe", "is_response_1_safe"}),
     AUTHORS_ROW_COLUMNS,
+    frozenset({"completion", "label"}),  # unpaired preference rows, of which some completions are undesired
 ]
 
 
@@ -71,7 +72,7 @@ class TripleStrategy(DatasetWrappingStrategy):
         if is_streaming(dataset):
             raise ConfigError(f"{self._name} is a stream; DeRTa makes rows in memory alone. Unset `streaming`.")
         if self._split == "datasets":
-            check_ordinary_entries(self._cfg)
+            check_entries(self._cfg)
         how = Preparation(
             self._plugin.config,
             self._tokenizer,
@@ -116,31 +117,43 @@ def with_chat_template(tokenizer: Any, cfg: Mapping[str, Any], entry: Mapping[st
     return copied
 
 
-def check_ordinary_entries(cfg: Any) -> None:
+def check_entries(cfg: Any) -> None:
     """
-    Look at the columns of the datasets that Axolotl's own strategies read, before one of them is trained.
+    Look at the columns of all datasets, before one is trained: those of Axolotl's own strategies, and ours, which
+    Axolotl takes as they are if they are tokenised.
 
     Raises:
-        ConfigError: If one holds triples whose harmful response its strategy would train as an answer.
+        ConfigError: If one holds triples whose harmful response its strategy would train as an answer, or is to hold
+            triples and is tokenised.
     """
-    ordinary = [entry for entry in entries_of(cfg, "datasets") if not is_ours(entry)]
-    for entry in datasets_with_name_generator([one for one in ordinary if one.type != "_synthetic"]):
+    for entry in datasets_with_name_generator([one for one in entries_of(cfg, "datasets") if one.type != "_synthetic"]):
         loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
         parts = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
-        for columns in (set(part.column_names or []) for part in parts):
-            if any(harmful <= columns for harmful in _NEVER_ORDINARY) or _reads_rejected(entry, columns):
-                raise ConfigError(
-                    f"The dataset {entry.path!r} has the columns of safety records ({', '.join(sorted(columns))}), "
-                    f"and `type: {entry.type}` would train its harmful responses. Give it `type: {DATASET_TYPE}`, or "
-                    "take the harmful column out."
-                )
+        for part in parts:
+            is_unpaired = (part.features or {}).get("label") == Value("bool")
+            _check_columns(entry, set(part.column_names or []), is_unpaired=is_unpaired)
+
+
+def _check_columns(entry: Any, columns: set[str], *, is_unpaired: bool) -> None:
+    if is_ours(entry):
+        if columns & TOKENIZED_COLUMNS:
+            raise ConfigError(
+                f"The dataset {entry.path!r} is tokenised already (columns {', '.join(sorted(columns))}), but "
+                f"`type: {DATASET_TYPE}` is for safety records. Give it their text."
+            )
+    elif is_unpaired or any(harmful <= columns for harmful in _NEVER_ORDINARY) or _reads_rejected(entry, columns):
+        raise ConfigError(
+            f"The dataset {entry.path!r} has the columns of safety records ({', '.join(sorted(columns))}), and "
+            f"`type: {entry.type}` would train its harmful responses. Give it `type: {DATASET_TYPE}`, or take the "
+            "harmful column out."
+        )
 
 
 def _reads_rejected(entry: Mapping[str, Any], columns: set[str]) -> bool:
     """Whether an ordinary entry names the harmful side of preference rows as what it reads."""
     kind = entry.get("type")
     settings = [*entry.values(), *(kind.values() if isinstance(kind, Mapping) else ())]
-    return {"chosen", "rejected"} <= columns and "rejected" in settings
+    return "rejected" in columns and "rejected" in settings
 
 
 def _add_attention_mask(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 from derta_plugins.adapters.trainer_mixins import DeRTaLossMixin
 from derta_plugins.core.config import DeRTaConfig
@@ -35,7 +35,7 @@ class RowTally:
         tally = cls(frozenset(), 0, 0, 0)
         for labels, masks in _safety_rows(dataset):
             flat = pc.list_flatten(masks)
-            if len(flat) != len(pc.list_flatten(labels)):
+            if not pc.list_value_length(labels).equals(pc.list_value_length(masks)):
                 raise ValueError("`labels` and `rto_mask` of prepared rows differ in length: prepare them again.")
             rto = len(pc.unique(pc.list_parent_indices(masks).filter(flat)))
             tally.targets |= set(pc.unique(pc.list_flatten(labels).filter(flat)).to_pylist())
@@ -78,7 +78,8 @@ class AxolotlDeRTaTrainer(DeRTaLossMixin, AxolotlTrainer):
         if isinstance(eval_dataset, Dataset) and "rto_mask" not in eval_dataset.column_names:
             if self.evaluates_triples:
                 self._check_has_rows("evaluation", eval_dataset)
-            eval_dataset = eval_dataset.add_column("rto_mask", [None] * len(eval_dataset))
+            masks = [None] * len(eval_dataset)
+            eval_dataset = eval_dataset.add_column("rto_mask", masks, feature=List(Value("bool")))
         self._start_derta(self.derta_config)
         self._fused_checked = False
         super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)

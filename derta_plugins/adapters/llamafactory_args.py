@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
+from llamafactory.extras.misc import is_env_enabled
 from llamafactory.hparams import FinetuningArguments
 
 from derta_plugins.core.config import ConfigError, DeRTaConfig
@@ -118,6 +119,10 @@ class DeRTaFinetuningArguments(dataclasses.make_dataclass("_Fields", _fields(), 
         return {name: _number_or_none(name, value) for name, value in knobs.items() if not isinstance(value, _NotGiven)}
 
     def _refuse(self) -> None:
+        if is_env_enabled("ALLOW_EXTRA_ARGS"):
+            raise ConfigError(
+                "ALLOW_EXTRA_ARGS is set, so a misspelt `derta_` key would pass unseen. Unset it for `stage: derta`."
+            )
         for name, why in _REFUSED_KEYS.items():
             if getattr(self, name):
                 raise ConfigError(f"`{name}` cannot be used with `stage: derta`: {why}.")

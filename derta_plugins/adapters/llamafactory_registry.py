@@ -58,7 +58,12 @@ class ReadRanking:
     converter: DatasetConverter
 
     def __call__(self, record: Mapping[str, Any]) -> Triple:
-        aligned, attr = self.converter(record), self.converter.dataset_attr
+        attr = self.converter.dataset_attr
+        try:
+            aligned = self.converter(record)
+        except (AttributeError, KeyError, TypeError) as error:
+            reason = f"does not fit `formatting: {attr.formatting}` and its `tags` ({type(error).__name__}: {error})."
+            raise BadRecordError("record", reason) from error
         prompt, response = aligned["_prompt"], aligned["_response"]
         if len(response) != 2:
             # the converter takes a pair that lost a side for an ordinary example: its one response may be harmful
@@ -103,7 +108,13 @@ def check_ordinary(attr: DatasetAttr, columns: list[str]) -> None:
     Raises:
         ValueError: Names the columns and says how to register them.
     """
-    if found := sorted(_PAIR_COLUMNS & set(columns)):
+    if attr.kto_tag or {"completion", "label"} <= set(columns):
+        raise ValueError(
+            f"Dataset `{attr}` tags its responses as desired or not ({attr.kto_tag or 'label'}), and the undesired "
+            "could be trained. Keep the desired ones, in a dataset without a tag."
+        )
+    named = {name for name in (attr.chosen, attr.rejected) if name}
+    if found := sorted(named | (_PAIR_COLUMNS & set(columns))):
         raise ValueError(
             f"Dataset `{attr}` has the columns of safety triples ({', '.join(found)}) but is registered as an ordinary "
             f"one, so that its harmful side could be trained. If it holds triples, {HOW_TO_REGISTER}; if all that it "

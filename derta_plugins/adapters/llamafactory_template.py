@@ -1,4 +1,9 @@
-"""Triples as token ids by LLaMA-Factory's own templates, so that prompts are those of its ordinary rows."""
+"""
+Triples as token ids by LLaMA-Factory's own templates, as its ordinary rows and its inference have them.
+
+One difference is meant: in multi-turn rows a reasoning template puts an empty thinking block into every turn, at
+inference and here into the last alone.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ class TemplateTokenizer:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """What closes an assistant's turn, without the white space around it; the end token if nothing does."""
+        """What closes an assistant's turn, without white space after it; the end token if nothing does."""
         ids = list(self._tail_ids)
         if self.template.efficient_eos or not self._without_space(ids):
             ids.append(self.tokenizer.eos_token_id)
@@ -109,10 +114,10 @@ class TemplateTokenizer:
         return self.template._convert_elements_to_ids(self.tokenizer, slots)
 
     def _without_space(self, ids: list[int]) -> list[int]:
-        """White space around the end token is layout that no model has to generate."""
+        """White space after the end token is layout that no model has to generate."""
         is_word = [bool(self.tokenizer.decode([token]).strip()) for token in ids]
         places = [place for place, word in enumerate(is_word) if word]
-        return ids[places[0] : places[-1] + 1] if places else []
+        return ids[: places[-1] + 1] if places else []
 
     def _spoken(self, answer: str) -> str:
         """`answer` as the template prints it: without an end token of its own, or thinking that is switched off."""

@@ -41,6 +41,7 @@ class DeRTaLogMixin:
 
     host_version = "the host"
     is_loss_fused = False
+    _eval_prefix = "eval"
     _derta: DeRTaConfig
     _sums: dict[str, torch.Tensor]
 
@@ -80,6 +81,7 @@ class DeRTaLogMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `predict` logs nothing; its sums must not go into the next evaluation
         self._sums.pop("eval", None)
+        self._eval_prefix = kwargs.get("metric_key_prefix", "eval")
         return super().evaluation_loop(*args, **kwargs)
 
     def _add_to_log(self, sums: torch.Tensor) -> None:
@@ -96,7 +98,7 @@ class DeRTaLogMixin:
             components = loss_components(self.accelerator.reduce(sums, reduction="sum"))
             if self.is_loss_fused:
                 components = {name: components[name] for name in ("mle_tokens", "rto_tokens")}
-            prefix = "eval_" if mode == "eval" else ""
+            prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
             logs.update({f"{prefix}{name}": value for name, value in components.items()})
         super().log(logs, start_time)
 

@@ -103,6 +103,13 @@ def test_a_misspelt_key_is_refused_by_the_host():
         from_yaml(stage="derta", derta_rto_wieght=0.5)
 
 
+def test_the_host_must_not_be_told_to_ignore_keys(monkeypatch):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    with pytest.raises(ConfigError, match="misspelt `derta_` key would pass unseen"):
+        DeRTaFinetuningArguments(stage="derta")
+    assert not DeRTaFinetuningArguments(stage="sft").is_derta
+
+
 def test_other_stages_are_the_hosts_own():
     for values in ({"stage": "dpo"}, {"stage": "sft", "finetuning_type": "full"}, {}):
         ours, theirs = from_yaml(**values), FinetuningArguments(**values)

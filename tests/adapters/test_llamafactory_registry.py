@@ -92,6 +92,11 @@ BAD_RECORDS = {
     "a side of the user": (
         SHAREGPT, sharegpt(chosen={"from": "human", "value": SAFE}), "`chosen`: expected one assistant message",
     ),
+    "tags that it does not have": (
+        {**SHAREGPT, "columns": {**SHAREGPT["columns"], "system": None}},
+        {**sharegpt(), "chosen": {"role": "assistant", "content": SAFE}},
+        "`record`: does not fit `formatting: sharegpt`",
+    ),
     "too long a prompt": (RANKING, {**GOOD, "prompt": "word " * 300}, "`prompt`: is .* no room for an answer"),
     "tools": (ranking(tools="tools"), {**GOOD, "tools": "[]"}, "`tools`: is not carried"),
     "an image": (ranking(images="images"), {**GOOD, "images": ["a.png"]}, "`images`: is not carried"),
@@ -101,7 +106,7 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("name", BAD_RECORDS)
 def test_a_record_that_is_no_triple_is_told_with_its_place_or_skipped(folder, name, caplog):
     entry, bad, message = BAD_RECORDS[name]
-    good = sharegpt() if entry is SHAREGPT else {**dict.fromkeys(bad), **GOOD}
+    good = sharegpt() if "formatting" in entry else {**dict.fromkeys(bad), **GOOD}
     add_dataset(folder, "mixed", [good, bad], **entry)
     with pytest.raises(BadRecordError, match=f"Record 1, field {message}") as raised:
         load(folder, dataset="helpful,mixed")
@@ -149,6 +154,18 @@ REFUSED_DATASETS = {
     "ranking without columns": ({"ranking": True}, GOOD, "`ranking: true` without saying which columns"),
     "ranking with a column it lacks": (ranking(chosen="better"), GOOD, r"has no column `better` \(it has chosen"),
     "ranking with a tag": (ranking(kto_tag="tag"), {**GOOD, "tag": True}, "has a `kto_tag`"),
+    "an ordinary set with tags": (
+        {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "wanted"}},
+        {"instruction": "q", "output": HARMFUL, "wanted": "False"}, r"desired or not \(wanted\)",
+    ),
+    "unpaired preferences": (
+        {"columns": {"prompt": "prompt", "response": "completion"}},
+        {"prompt": "q", "completion": HARMFUL, "label": False}, r"desired or not \(label\)",
+    ),
+    "ranking forgotten, other names": (
+        {"columns": {"prompt": "instruction", "response": "bad", "chosen": "good", "rejected": "bad"}},
+        {"instruction": "q", "good": SAFE, "bad": HARMFUL}, r"columns of safety triples \(bad, good\)",
+    ),
     "nothing but ordinary rows": (ALPACA, helpful_examples(1)[0], "needs safety triples, and `dataset` names none: it"),
 }  # fmt: skip
 

@@ -174,6 +174,14 @@ def test_evaluation_logs_its_own_components(tmp_path):
     assert math.isfinite(metrics["eval_loss"])
 
 
+def test_each_evaluation_set_has_a_name_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.evaluate({"one": trainer.eval_dataset, "other": trainer.eval_dataset})
+    logged = set().union(*trainer.state.log_history)
+    assert {"eval_one_rto_loss", "eval_other_rto_loss"} <= logged
+    assert "eval_rto_loss" not in logged
+
+
 def test_the_collator_is_wrapped_once(tmp_path):
     trainer = make_trainer(tmp_path)
     wrapped = trainer.data_collator
