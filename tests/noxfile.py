@@ -24,7 +24,7 @@ nox.options.sessions = ["lint", "core", "trl_oldest", "trl", "axolotl", "llamafa
 # doctests are collected from every module, and a host's adapter cannot be imported without it
 OTHER_ADAPTERS = tuple(f"--ignore-glob=derta_plugins/adapters/{host}*.py" for host in ("axolotl", "llamafactory"))
 # What depends on the host that is installed, beside its own adapter; the rest runs once, with the newest TRL.
-HOST_TESTS = ("tests/adapters", "tests/test_recipe.py", "tests/test_examples.py", "tests/test_readme.py")
+HOST_TESTS = ("tests/adapters", "tests/test_recipe.py", "tests/test_examples.py")
 
 
 def prepare(session: nox.Session, *requirements: str, constraints: str) -> None:
