@@ -121,5 +121,5 @@ def equivalence(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """The whole demo for three seeds, with the bounds that its results must keep."""
-    prepare(session, "-e", ".[demo]", "pytest", constraints="trl.txt")
+    prepare(session, "-e", ".[demo]", "pytest", "hypothesis", constraints="trl.txt")
     session.run("pytest", "-m", "slow", "tests", "--ignore=tests/equivalence", *session.posargs)

@@ -26,7 +26,12 @@ from derta_plugins.adapters.row_datasets import BuildRows
 from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.transforms import transform_code
 
-_TOKENIZER_FILES = ("tokenizer*", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model"),
+)
+# of those that change token ids, the ones that Axolotl's key leaves out
+_TOKENIZER_SETTINGS = ("tokens", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy")
 _SOURCES = (Path(axolotl_rows.__file__), Path(prepare.__file__))
 
 
@@ -52,12 +57,13 @@ def mark_entries(cfg: Any, config: DeRTaConfig) -> None:
 
 
 def entry_mark(cfg: Mapping[str, Any], entry: Any, config: DeRTaConfig, split: str) -> str:
-    """Digest of knobs, code, lengths, and the contents of local files that an entry's rows are made from."""
+    """Digest of knobs, code, lengths, and the tokenizer and local files that an entry's rows are made from."""
     entry = dict(entry)
     known = {
         "config": asdict(config),
         "code": [BuildRows.code, transform_code(config), *(_sha256(source) for source in _SOURCES)],
         "max_length": axolotl_rows.max_length(cfg, split),
+        "tokenizer": {name: cfg.get(name) for name in _TOKENIZER_SETTINGS},
         "files": {str(file): _sha256(file) for file in _files(cfg, entry)},
     }
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ Every option of `trl.SFTConfig`, `trl.ModelConfig` and the DeRTa knobs can stand
 
 from dataclasses import dataclass, field
 
+import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from derta_plugins.adapters.trl import DeRTaSFTConfig, DeRTaSFTTrainer
@@ -45,6 +46,8 @@ def main() -> None:
     print(f"RTO target: {trainer.refusal_token.text!r} (id {trainer.refusal_token.id})")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -22,3 +22,6 @@ if __name__ == "__main__":
         torch.save(
             {name.removeprefix("module."): value for name, value in parameters.items()}, f"{output}/parameters.pt"
         )
+    # a rank that ends while the other still talks to it is aborted now and then
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
