@@ -107,9 +107,10 @@ def test_records_are_found_where_the_host_finds_them(folder, name):
 
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+FILES_BESIDE = ["added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "my.jinja"]
 
 
-@pytest.mark.parametrize("name", [*TOKENIZER_FILES, "added_tokens.json", "vocab.json", "merges.txt", "spiece.model"])
+@pytest.mark.parametrize("name", [*TOKENIZER_FILES, *FILES_BESIDE])
 def test_every_file_of_a_tokenizer_changes_it(folder, name):
     before = mark(folder)
     with (folder / "my-model" / name).open("a", encoding="utf-8") as stream:

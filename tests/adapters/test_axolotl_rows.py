@@ -48,6 +48,9 @@ def folder(tmp_path_factory):
         "authors_rows": [{"prefix": "How ? ", "text": HARMFUL, "safe": "true"}],
         "others": [{**one, "chosen": "First, do this."} for one in safety_records(TRIPLES)],
         "bad": [*safety_records(2), {"prompt": "How ?", "chosen": SAFE, "rejected": " "}],
+        "rejected_only": [{"q": "How ?", "rejected": HARMFUL}],
+        "unpaired": [{"prompt": "How ?", "completion": HARMFUL, "label": 0}],
+        "unpaired_talks": [{"messages": conversational[0]["prompt"] + conversational[0]["rejected"], "label": False}],
         "alpaca": text,
         "mixed": [{**text[0], "safe": True, "prefix": "a"}],
     }
@@ -215,6 +218,8 @@ def test_the_next_run_of_this_process_has_a_target_of_its_own(folder):
     host_rows(folder, [entry(folder)])
     host_rows(folder, [entry(folder, "others")])
     assert our_plugin().target.text == "Fi"
+    our_plugin().register(make_config(folder))
+    assert our_plugin().target is None
 
 
 HARMFUL_ENTRIES = {
@@ -223,6 +228,9 @@ HARMFUL_ENTRIES = {
         "name": "authors",
         "type": {"field_instruction": "instruction", "field_output": "output", "format": "{instruction}"},
     },
+    "the harmful side alone": {"name": "rejected_only", "type": "completion", "field": "rejected"},
+    "unpaired preferences": {"name": "unpaired", "type": "completion", "field": "completion"},
+    "unpaired talks": {"name": "unpaired_talks", "type": "chat_template", "field_messages": "messages"},
     "PKU": {"name": "pku", "type": "completion", "field": "response_0"},
     "the authors' rows": {"name": "authors_rows", "type": "completion"},
     "the harmful side": {"name": "triples", "type": "completion", "field": "rejected"},
@@ -268,11 +276,12 @@ def test_harmless_entries_are_the_hosts(folder, name):
     assert {row["rto_mask"] is None for row in list(rows)[: -2 * TRIPLES]} == {True}
 
 
-def test_every_split_of_an_entry_is_looked_at(folder):
-    theirs = entry(folder, "authors", type="alpaca")
-    del theirs["split"]
-    with pytest.raises(ConfigError, match="has the columns of safety records"):
-        host_rows(folder, [theirs, entry(folder)])
+def test_the_splits_of_a_folder_are_looked_at(folder):
+    """The host is given all of them, and takes one by its name later."""
+    (folder / "parts").mkdir()
+    (folder / "parts" / "train.jsonl").write_bytes((folder / "authors.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match="parts' has the columns of safety records"):
+        host_rows(folder, [{"path": str(folder / "parts"), "type": "alpaca"}, entry(folder)])
 
 
 def test_a_synthetic_entry_has_no_file_to_look_at(folder):
