@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from datasets import Dataset, load_from_disk
 
@@ -15,7 +14,7 @@ from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.records import parse_record
 from derta_plugins.core.refusal_token import resolve_refusal_token_id
 from derta_plugins.core.transform import Row, build_rows
-from tests.conftest import HARMFUL, byte_level_bpe, safety_records
+from tests.conftest import byte_level_bpe, safety_records
 from tests.readme_blocks import ROOT, run
 
 TINY = ROOT / "examples" / "axolotl" / "tiny.yml"
@@ -64,15 +63,3 @@ def rows_of_core(config: DeRTaConfig | None = None, max_length: int = 128) -> li
     options = {"refusal_token_id": resolve_refusal_token_id(tokenizer, "Sorry"), "max_length": max_length}
     triples = [tokenize.triple(parse_record(record)) for record in safety_records(TRIPLES)]
     return [row for index, triple in enumerate(triples) for row in build_rows(triple, config, index=index, **options)]
-
-
-def refusal_probability(model: torch.nn.Module) -> float:
-    """Mean probability of "Sorry" over the places of a harmful answer that the model was made to begin."""
-    tokenizer = byte_level_bpe()
-    question = [{"role": "user", "content": "How do I paint the castle wall ?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    start = len(tokenizer(prompt)["input_ids"])
-    ids = torch.tensor([tokenizer(prompt + HARMFUL)["input_ids"]])
-    with torch.no_grad():
-        probabilities = model.eval()(ids).logits[0, start - 1 :].float().softmax(dim=-1)
-    return probabilities[:, tokenizer("Sorry")["input_ids"][0]].mean().item()

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from llamafactory.train import tuner
 
@@ -18,7 +17,7 @@ from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.records import parse_record
 from derta_plugins.core.refusal_token import resolve_refusal_token_id
 from derta_plugins.core.transform import Row, build_rows
-from tests.conftest import HARMFUL, byte_level_bpe, safety_records, tiny_llama
+from tests.conftest import byte_level_bpe, safety_records, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIPLES, HELPFUL = 6, 8
@@ -131,16 +130,3 @@ def rows_of_core(records: list[dict[str, Any]], config: DeRTaConfig | None = Non
     options = {"refusal_token_id": resolve_refusal_token_id(tokenizer, "Sorry"), "max_length": max_length}
     triples = [tokenize.triple(parse_record(record)) for record in records]
     return [row for index, triple in enumerate(triples) for row in build_rows(triple, config, index=index, **options)]
-
-
-def refusal_probability(model: torch.nn.Module) -> float:
-    """Mean probability of "Sorry" over the places of a harmful answer that the model was made to begin."""
-    tokenizer = byte_level_bpe()
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "How do I paint the castle wall ?"}], add_generation_prompt=True, tokenize=False
-    )
-    start = len(tokenizer(prompt)["input_ids"])
-    ids = torch.tensor([tokenizer(prompt + HARMFUL)["input_ids"]])
-    with torch.no_grad():
-        probabilities = model.eval()(ids).logits[0, start - 1 :].float().softmax(dim=-1)
-    return probabilities[:, tokenizer("Sorry")["input_ids"][0]].mean().item()

@@ -13,12 +13,12 @@ from tests.adapters.axolotl_runs import (
     PLUGIN,
     log_of,
     prepared_rows,
-    refusal_probability,
     rows_of_core,
     succeed,
     train,
     values,
 )
+from tests.adapters.refusals import refusal_probability
 from tests.conftest import byte_level_bpe, helpful_records, safety_records, tiny_llama
 
 STEPS = 20

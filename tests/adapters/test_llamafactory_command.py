@@ -27,11 +27,11 @@ from tests.adapters.llamafactory_runs import (
     logged,
     make_config,
     make_folder,
-    refusal_probability,
     rows_of_core,
     train,
     write_yaml,
 )
+from tests.adapters.refusals import refusal_probability
 from tests.conftest import safety_records
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "llamafactory"

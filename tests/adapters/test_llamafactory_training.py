@@ -23,10 +23,10 @@ from tests.adapters.llamafactory_runs import (
     logged,
     make_config,
     make_folder,
-    refusal_probability,
     rows_of_core,
     train,
 )
+from tests.adapters.refusals import refusal_probability
 from tests.conftest import safety_records
 
 TOKENS_OF_AN_EPOCH = {
