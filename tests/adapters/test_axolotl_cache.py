@@ -162,6 +162,9 @@ def test_the_code_that_makes_rows_changes_it(folder, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(axolotl_cache.BuildRows, "code", "another")
         assert mark(folder) != before
+    with monkeypatch.context() as patched:
+        patched.setattr(axolotl_cache, "transform_code", lambda config: "another release of a plugin")
+        assert mark(folder) != before
     source = folder / "axolotl_rows.py"
     source.write_text("# another release", encoding="utf-8")
     monkeypatch.setattr(axolotl_cache, "_SOURCES", (source,))
