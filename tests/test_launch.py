@@ -84,7 +84,7 @@ def test_torchrun_workers_are_extended(hosts, start):
     assert done.stdout == "worker: DeRTa\n" * 2
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif(find_spec("llamafactory") is None, reason="Ray belongs to the session of LLaMA-Factory")
 def test_ray_workers_are_extended(start, tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(

@@ -44,7 +44,7 @@ class DeRTaPlugin(BasePlugin):
         self.config, self.target = derta_config(cfg), None
         check_settings(cfg, self.config)
         mark_entries(cfg, self.config)
-        self._split_of_mark = {entry["conversation"]: name for name in SPLITS for entry in _ours(cfg, name)}
+        self._split_of_mark = {entry["conversation"]: name for name in SPLITS for entry in our_entries(cfg, name)}
 
     def get_input_args(self) -> str:
         return PLUGIN.replace("DeRTaPlugin", "DeRTaArgs")
@@ -64,7 +64,7 @@ class DeRTaPlugin(BasePlugin):
             return None
         check_settings(cfg, self.config)
         for name in SPLITS:
-            for entry in _ours(cfg, name):
+            for entry in our_entries(cfg, name):
                 self.split_of(entry)
         for name, other in PluginManager.get_instance().plugins.items():
             if not isinstance(other, DeRTaPlugin) and other.get_trainer_cls(cfg) is not None:
@@ -72,7 +72,9 @@ class DeRTaPlugin(BasePlugin):
                     f"The plugin {name} brings a trainer of its own, whose loss is not DeRTa's. Remove it."
                 )
         return AxolotlDeRTaTrainer.for_run(
-            self.config, is_loss_fused=fused_loss(cfg) is not None, evaluates_triples=bool(_ours(cfg, "test_datasets"))
+            self.config,
+            is_loss_fused=fused_loss(cfg) is not None,
+            evaluates_triples=bool(our_entries(cfg, "test_datasets")),
         )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -126,7 +128,3 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Mapping[str, Any] | None = None) -> T
             f"{list(cfg.get('plugins') or [])}."
         )
     return TripleStrategy(plugin, tokenizer, cfg, dict(ds_cfg or {}))
-
-
-def _ours(cfg: Mapping[str, Any], split: str) -> list[Any]:
-    return our_entries(cfg, split)

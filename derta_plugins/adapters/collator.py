@@ -42,19 +42,24 @@ class RTOMaskCollator:
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Batch of the host with `rto_mask` (B, S) bool beside `labels`."""
         packs = [feature if isinstance(feature, list) else [feature] for feature in features]
-        masks = [list(chain.from_iterable(map(_mask, pack))) for pack in packs]
+        masks = [list(chain.from_iterable(map(row_mask, pack))) for pack in packs]
         rows = [[{key: row[key] for key in row if key != "rto_mask"} for row in pack] for pack in packs]
         is_packed = bool(features) and isinstance(features[0], list)
         batch = self.collator(rows if is_packed else [row for (row,) in rows], *args, **kwargs)
         labels = batch["labels"]
         if len(labels) == 1:
             masks = [list(chain.from_iterable(masks))]
-        batch["rto_mask"] = _lay_out(masks, labels, side=self._padding_side)
+        batch["rto_mask"] = lay_out(masks, labels, side=self._padding_side)
         return batch
 
 
-def _mask(row: Mapping[str, Any]) -> list[bool]:
-    """The row's own mask; an ordinary row, which has none, has no RTO."""
+def row_mask(row: Mapping[str, Any]) -> list[bool]:
+    """
+    The row's own `rto_mask`; an ordinary row, whose mask is None, has no RTO.
+
+    Raises:
+        ValueError: If the row lost a column, or its columns differ in length.
+    """
     missing = [name for name in ("input_ids", "labels", "rto_mask") if name not in row]
     if missing:
         raise ValueError(
@@ -70,8 +75,13 @@ def _mask(row: Mapping[str, Any]) -> list[bool]:
     return [bool(value) for value in row["rto_mask"]]
 
 
-def _lay_out(masks: list[list[bool]], labels: torch.Tensor, *, side: str) -> torch.Tensor:
-    """(B, S) bool tensor of `masks`, padded on `side` to the width of `labels`."""
+def lay_out(masks: list[list[bool]], labels: torch.Tensor, *, side: str = "right") -> torch.Tensor:
+    """
+    (B, S) bool tensor of `masks`, padded on `side` to the width of the (B, S) `labels`.
+
+    Raises:
+        ValueError: If the masks do not fit the labels, or an RTO position has no target in them.
+    """
     if len(masks) != len(labels) or any(len(mask) > labels.shape[1] for mask in masks):
         raise ValueError(
             f"The host's collator made labels of shape {tuple(labels.shape)} of {len(masks)} rows of lengths "

@@ -15,6 +15,10 @@ from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.transforms import transform_code
 
 NOTE = "derta.json"
+_SHAPE_ROWS = (
+    *("template", "cutoff_len", "default_system", "enable_thinking", "preserve_thinking"),
+    *("mask_history", "train_on_prompt"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ class SavedRows:
     @classmethod
     def of_run(cls, data_args: Any, tokenizer: Any, config: DeRTaConfig, code: str) -> SavedRows:
         """What this run would make."""
-        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
         made_with = {
             **{f"derta_{name}": value for name, value in asdict(config).items()},
-            **{name: getattr(data_args, name) for name in ("template", "cutoff_len")},
-            "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
+            **{name: getattr(data_args, name) for name in _SHAPE_ROWS},
+            "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
             "code": code,
             "transform": transform_code(config),
         }

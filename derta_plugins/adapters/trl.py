@@ -8,6 +8,7 @@ else (model loading, PEFT, ordinary rows, packing, the fused LM head, metrics, c
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,8 +19,9 @@ from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from derta_plugins.adapters import row_datasets
+from derta_plugins.adapters.collator import lay_out, row_mask
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
-from derta_plugins.adapters.row_datasets import ROW_COLUMNS, ResampledRows
+from derta_plugins.adapters.row_datasets import ResampledRows
 from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, check_batch, count_batch
 from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD, NEWEST_TESTED, OLDEST_TESTED, DeRTaSFTConfig
 from derta_plugins.core.config import ConfigError, DeRTaConfig
@@ -47,23 +49,11 @@ class DeRTaDataCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch with `rto_mask` (B, S) bool beside `labels`."""
-        for example in examples:
-            lengths = {name: len(example[name]) for name in ROW_COLUMNS if name in example}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(f"A row has columns of different lengths: {lengths}. They must be one token each.")
-            missing = [name for name in ROW_COLUMNS if name not in example]
-            if missing:
-                raise ValueError(
-                    f"A row lost {missing} before batching; it has {sorted(example)}. DeRTa trains final labels only: "
-                    "keep the columns input_ids, labels and rto_mask."
-                )
+        masks = [row_mask(example) for example in examples]
         batch = super().torch_call(examples)
-        masks = [torch.as_tensor(example["rto_mask"], dtype=torch.bool) for example in examples]
         if self.padding_free:
-            masks = [torch.cat(masks)]
-        batch["rto_mask"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        for row, mask in zip(batch["rto_mask"], masks, strict=True):
-            row[: len(mask)] = mask
+            masks = [list(chain.from_iterable(masks))]
+        batch["rto_mask"] = lay_out(masks, batch["labels"])
         return batch
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from derta_plugins.adapters.axolotl_names import BLOCK, DATASET_TYPE, PLUGIN
-from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file, refuse_knobs
+from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file, refuse_knobs, shared_training_keys
 from derta_plugins.recipe.schema import DataFile, Recipe
 
 _TITLE = "Axolotl"
@@ -93,30 +93,16 @@ def _lora(recipe: Recipe) -> dict[str, Any]:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    config: dict[str, Any] = {
+    config = shared_training_keys(recipe) | {
         "micro_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.accumulation_steps,
         "num_epochs": recipe.num_epochs,
-        "learning_rate": recipe.learning_rate,
         "lr_scheduler": recipe.lr_scheduler,
         "warmup_ratio": recipe.warmup_ratio,
-        "weight_decay": recipe.weight_decay,
-        "bf16": recipe.precision == "bf16",
-        "fp16": recipe.precision == "fp16",
         "tf32": False,
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "seed": recipe.seed,
-        "logging_steps": recipe.logging_steps,
-        "save_strategy": "no" if recipe.save_steps is None else "steps",
     }
-    if recipe.max_steps is not None:
-        config["max_steps"] = recipe.max_steps
-    if recipe.save_steps is not None:
-        config["save_steps"] = recipe.save_steps
     if recipe.eval_steps is not None:
         config |= {"eval_strategy": "steps", "eval_steps": recipe.eval_steps}
-    if recipe.deepspeed is not None:
-        config["deepspeed"] = recipe.deepspeed
     return config
 
 

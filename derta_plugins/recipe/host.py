@@ -62,6 +62,22 @@ class Host:
     command: Callable[[str, int], str]
 
 
+def shared_training_keys(recipe: Recipe) -> dict[str, Any]:
+    """Settings of the training that all hosts have under one name, which is that of `transformers`."""
+    config: dict[str, Any] = {
+        "gradient_accumulation_steps": recipe.accumulation_steps,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "bf16": recipe.precision == "bf16",
+        "fp16": recipe.precision == "fp16",
+        "seed": recipe.seed,
+        "logging_steps": recipe.logging_steps,
+        "save_strategy": "no" if recipe.save_steps is None else "steps",
+    }
+    optional = {"max_steps": recipe.max_steps, "save_steps": recipe.save_steps, "deepspeed": recipe.deepspeed}
+    return config | {name: value for name, value in optional.items() if value is not None}
+
+
 def refuse_knobs(recipe: Recipe, names: tuple[str, ...], host: str, reason: str) -> None:
     """
     End the conversion if one of these knobs is not at its default.

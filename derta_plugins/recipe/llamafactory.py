@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from derta_plugins.recipe.checks import RecipeError
-from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file, refuse_knobs
+from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file, refuse_knobs, shared_training_keys
 from derta_plugins.recipe.schema import DataFile, Recipe
 
 _TITLE = "LLaMA-Factory"
@@ -126,32 +126,18 @@ def _method(recipe: Recipe) -> dict[str, Any]:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    config: dict[str, Any] = {
+    config = shared_training_keys(recipe) | {
         "cutoff_len": recipe.max_length,
         "packing": False,
         "disable_shuffling": not recipe.shuffle,
         "per_device_train_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.accumulation_steps,
         "num_train_epochs": recipe.num_epochs,
-        "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": recipe.lr_scheduler,
         "warmup_ratio": recipe.warmup_ratio,
-        "weight_decay": recipe.weight_decay,
-        "bf16": recipe.precision == "bf16",
-        "fp16": recipe.precision == "fp16",
         "disable_gradient_checkpointing": not recipe.gradient_checkpointing,
-        "seed": recipe.seed,
-        "logging_steps": recipe.logging_steps,
-        "save_strategy": "no" if recipe.save_steps is None else "steps",
     }
-    if recipe.max_steps is not None:
-        config["max_steps"] = recipe.max_steps
-    if recipe.save_steps is not None:
-        config["save_steps"] = recipe.save_steps
     if recipe.eval_steps is not None:
         config |= {"val_size": recipe.validation_ratio, "eval_strategy": "steps", "eval_steps": recipe.eval_steps}
-    if recipe.deepspeed is not None:
-        config["deepspeed"] = recipe.deepspeed
     if recipe.fsdp_config is not None:
         config |= {"fsdp": "full_shard auto_wrap", "fsdp_config": recipe.fsdp_config}
     return config

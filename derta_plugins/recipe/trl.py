@@ -7,7 +7,7 @@ from typing import Any
 
 from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.recipe.checks import RecipeError
-from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file
+from derta_plugins.recipe.host import Draft, Host, OwnDefault, refuse_file, shared_training_keys
 from derta_plugins.recipe.schema import DataFile, Recipe
 
 _TITLE = "TRL"
@@ -77,33 +77,19 @@ def _check_file(file: DataFile) -> None:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    config: dict[str, Any] = {
+    config = shared_training_keys(recipe) | {
         "per_device_train_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.accumulation_steps,
         "num_train_epochs": recipe.num_epochs,
-        "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": recipe.lr_scheduler,
         "warmup_steps": recipe.warmup_ratio,  # below 1 it is a share of the steps
-        "weight_decay": recipe.weight_decay,
         "max_length": recipe.max_length,
         "packing": recipe.packing,
-        "bf16": recipe.precision == "bf16",
-        "fp16": recipe.precision == "fp16",
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "seed": recipe.seed,
-        "logging_steps": recipe.logging_steps,
-        "save_strategy": "no" if recipe.save_steps is None else "steps",
     }
     if any(file.format == "messages" for file in recipe.data):
         config["assistant_only_loss"] = True
-    if recipe.max_steps is not None:
-        config["max_steps"] = recipe.max_steps
-    if recipe.save_steps is not None:
-        config["save_steps"] = recipe.save_steps
     if not recipe.shuffle:
         config["train_sampling_strategy"] = "sequential"
-    if recipe.deepspeed is not None:
-        config["deepspeed"] = recipe.deepspeed
     if recipe.fsdp_config is not None:
         config |= {"fsdp": "full_shard auto_wrap", "fsdp_config": recipe.fsdp_config}
     return config
