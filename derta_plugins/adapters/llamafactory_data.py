@@ -35,8 +35,8 @@ from derta_plugins.adapters.llamafactory_saved import SavedRows
 from derta_plugins.adapters.llamafactory_template import TemplateTokenizer
 from derta_plugins.adapters.prepare import STREAM_PEEK, RowCounts, count_rows
 from derta_plugins.adapters.row_datasets import (
-    BUILT_FEATURES,
     CODE_DIGEST,
+    ROW_COUNTS,
     TOKENIZED,
     BuildRows,
     TokenizeRecord,
@@ -57,7 +57,6 @@ AnyDataset = Dataset | IterableDataset
 _SOURCES = sorted(Path(__file__).parent.glob("llamafactory*.py"))
 _CODE = hashlib.sha256(CODE_DIGEST.encode() + b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
 _MEDIA = ("images", "videos", "audios")
-_NOT_FOR_THE_MODEL = ["objective", "num_truncated", "is_limited"]
 
 
 def get_dataset(
@@ -166,7 +165,7 @@ class _Datasets:
         rows = self._host["_get_preprocessed_dataset"](dataset, *args, is_eval=is_eval)
         if not is_streaming(rows):
             _say_counts(dataset, rows, "eval" if is_eval else "train")
-        return rows.remove_columns(_NOT_FOR_THE_MODEL)
+        return rows.remove_columns(list(ROW_COUNTS))
 
     def _resolve_target(self, *, is_eval: bool) -> None:
         """The RTO target of the run, by the triples named in `dataset`; evaluation alone needs none."""
@@ -203,7 +202,7 @@ class DeRTaDatasetProcessor(SupervisedDatasetProcessor):
         for place, triple in enumerate(triples):
             if triple is None:
                 made = super().preprocess_dataset({name: examples[name][place : place + 1] for name in examples})
-                made = {**made, **_without_rto(made.get("input_ids", []))}
+                made = {**made, **self._without_rto(made.get("input_ids", []))}
             else:
                 made = self._rows_of_triple(triple, examples["index"][place])
             for name, values in made.items():
@@ -212,22 +211,23 @@ class DeRTaDatasetProcessor(SupervisedDatasetProcessor):
 
     def _rows_of_triple(self, triple: Mapping[str, Any], index: int) -> dict[str, list[Any]]:
         rows = self.build.rows(triple, index)
-        made = {name: [getattr(row, name) for row in rows] for name in BUILT_FEATURES}
+        made = self.build.columns(rows)
         made["attention_mask"] = [[1] * len(row.input_ids) for row in rows]
         return {**made, **{name: [None] * len(rows) for name in _MEDIA}}
 
-
-def _without_rto(input_ids: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
-    """Our columns of ordinary rows."""
-    count = len(input_ids)
-    counted = {"objective": [""] * count, "num_truncated": [0] * count, "is_limited": [False] * count}
-    return {"rto_mask": [[False] * len(ids) for ids in input_ids], **counted}
+    def _without_rto(self, input_ids: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+        """Our columns of ordinary rows."""
+        made = {"rto_mask": [[False] * len(ids) for ids in input_ids]}
+        made |= {name: [0] * len(input_ids) for name in ROW_COUNTS}
+        if self.build is not None and self.build.config.layout == "branch":
+            made["branch_starts"] = [[0] * len(ids) for ids in input_ids]
+        return made
 
 
 def _say_counts(dataset: Dataset, rows: Dataset, name: str) -> None:
     counts = RowCounts()
-    count_rows(rows, counts)
+    safety_rows = count_rows(rows, counts)
     if "index" in dataset.column_names:
         counts.triples = sum(index is not None for index in dataset["index"][:])
-    counts.helpful_rows = len(rows) - counts.mle_rows - counts.rto_rows
+    counts.helpful_rows = len(rows) - safety_rows
     logger.info_rank0("DeRTa rows (%s): %s", name, counts)

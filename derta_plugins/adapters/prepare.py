@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 
 from derta_plugins.adapters.row_datasets import (
     INDEX,
+    ROW_COUNTS,
     TOKENIZED,
     BuildRows,
     ResampledRows,
@@ -58,13 +59,14 @@ class RowCounts:
     """
     What a training set was made of.
 
-    `truncated_rows` lost tokens to `max_length`; `limited_prefixes` are MLE rows whose k could not reach the whole
+    `branch_rows` are sequences that hold several of the MLE and RTO rows (`layout="branch"`). `truncated_rows` lost tokens to `max_length`; `limited_prefixes` are MLE rows whose k could not reach the whole
     harmful response because of it; `skipped` counts the left-out records by field and reason.
     """
 
     triples: int = 0
     mle_rows: int = 0
     rto_rows: int = 0
+    branch_rows: int = 0
     helpful_rows: int = 0
     boundary_rows: int = 0
     truncated_rows: int = 0
@@ -72,7 +74,10 @@ class RowCounts:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        parts = [f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items() if name != "skipped"]
+        named = {name: value for name, value in asdict(self).items() if name != "skipped"}
+        if not self.branch_rows:
+            del named["branch_rows"]
+        parts = [f"{value} {name.replace('_', ' ')}" for name, value in named.items()]
         skipped = "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
         return ", ".join(parts) + (f"; skipped records: {skipped}" if skipped else "; no record skipped")
 
@@ -140,7 +145,7 @@ def prepare(
     if not kept and (triples or safety is not None or counts.skipped):
         raise ValueError(f"No safety record is left of those given ({counts}). Mend the records, or leave them out.")
     if not kept:
-        return Prepared(_join(ordinary), None, counts)
+        return Prepared(_join(ordinary, how.config), None, counts)
     tokenized = concatenate_datasets(kept) if len(kept) > 1 else kept[0]
     target = target or _resolve_target(tokenized, how.tokenizer, how.config)
     build = BuildRows(how.config, target.id, how.max_length)
@@ -152,8 +157,9 @@ def prepare(
     rows = build_dataset(tokenized, build, num_proc=how.num_proc)
     count_rows(rows, counts)
     if resample:
-        return Prepared(ResampledRows(_join(ordinary) if ordinary else None, tokenized, build), target, counts)
-    return Prepared(_join([*ordinary, rows]), target, counts)
+        joined = _join(ordinary, how.config) if ordinary else None
+        return Prepared(ResampledRows(joined, tokenized, build), target, counts)
+    return Prepared(_join([*ordinary, rows], how.config), target, counts)
 
 
 def split_by_format(
@@ -244,7 +250,7 @@ def _host_rows(how: Preparation, group: AnyDataset) -> AnyDataset:
         logger.warning("The host dropped %d of %d ordinary rows: no target fits max_length.", dropped, len(group))
         if not len(rows):
             raise ValueError(f"None of {len(group)} ordinary rows has a target within max_length={how.max_length}.")
-    return as_rows(rows)
+    return as_rows(rows, how.config)
 
 
 def _boundary_rows(
@@ -282,36 +288,38 @@ def _sample_boundary(dataset: Dataset, config: DeRTaConfig, num_triples: int) ->
     return dataset.shuffle(seed=config.seed).select(range(wanted))
 
 
-def _join(parts: list[AnyDataset]) -> AnyDataset:
+def _join(parts: list[AnyDataset], config: DeRTaConfig) -> AnyDataset:
     if not parts:
         raise ValueError("No row is left to train on.")
     if any(map(is_streaming, parts)):
         if len(parts) > 1:
             raise ValueError("Several streams of ordinary rows: mix them with `datasets.interleave_datasets` first.")
         return parts[0]
-    return concatenate(parts)
+    return concatenate(parts, config)
 
 
 def _interleave(how: Preparation, ordinary: list[AnyDataset], safety: AnyDataset) -> IterableDataset:
     """Both kinds in one stream, drawn with the seed; the shorter one starts again until both are through."""
     if not ordinary:
-        return as_row_stream(safety)
+        return as_row_stream(safety, how.config)
     share = how.safety_probability
     return interleave_datasets(
-        [as_row_stream(_join(ordinary)), as_row_stream(safety)],
+        [as_row_stream(_join(ordinary, how.config), how.config), as_row_stream(safety, how.config)],
         probabilities=[1 - share, share],
         seed=how.config.seed,
         stopping_strategy="all_exhausted",
     )
 
 
-def count_rows(rows: Dataset, counts: RowCounts) -> None:
-    """Add the rows of triples to `counts`, and warn if `max_length` limits their prefixes."""
-    objectives = Counter(rows["objective"][:])
-    counts.mle_rows += objectives["mle"]
-    counts.rto_rows += objectives["rto"]
-    counts.truncated_rows += sum(cut > 0 for cut in rows["num_truncated"][:])
-    counts.limited_prefixes += sum(rows["is_limited"][:])
+def count_rows(rows: Dataset, counts: RowCounts) -> int:
+    """Add the rows of triples to `counts`, warn if `max_length` limits their prefixes, return how many they are."""
+    mle_rows, rto_rows, truncated, limited = (rows[name][:] for name in ROW_COUNTS)
+    counts.mle_rows += sum(mle_rows)
+    counts.rto_rows += sum(rto_rows)
+    counts.truncated_rows += sum(truncated)
+    counts.limited_prefixes += sum(limited)
+    held = [mle + rto for mle, rto in zip(mle_rows, rto_rows, strict=True)]
+    counts.branch_rows += sum(number > 1 for number in held)
     if counts.limited_prefixes:
         logger.warning(
             "max_length keeps the harmful prefix of %d of %d MLE rows short: refusals deep in an answer are trained "
@@ -319,6 +327,7 @@ def count_rows(rows: Dataset, counts: RowCounts) -> None:
             counts.limited_prefixes,
             counts.mle_rows,
         )
+    return sum(number > 0 for number in held)
 
 
 def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[str]) -> None:

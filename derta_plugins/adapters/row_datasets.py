@@ -1,7 +1,7 @@
 """
 Safety records in a `datasets` dataset become training rows, in memory or streaming: tokenise, then build.
 
-Rows have the columns `input_ids`, `labels`, `rto_mask`. Shared by the adapters, whose hosts all bring `datasets`.
+Rows have the columns `input_ids`, `labels`, `rto_mask`, and `branch_starts` in the branch layout. Shared by the adapters, whose hosts all bring `datasets`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from derta_plugins import core, transforms
+from derta_plugins.core.branch_layout import fold_rows
 from derta_plugins.core.chat import RecordTokenizer, TokenizedAuthorsRow, TokenizedTriple
 from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.records import AuthorsRow, BadRecordError, Triple, parse_record
@@ -27,7 +28,6 @@ from derta_plugins.transforms import build_training_rows, transform_code
 
 logger = logging.getLogger(__name__)
 
-ROW_COLUMNS = ("input_ids", "labels", "rto_mask")
 TOKENIZED = "derta_tokenized"
 INDEX = "derta_index"
 """Column with the place that a record had in the user's dataset, where that dataset was split."""
@@ -55,10 +55,14 @@ TOKENIZED_FEATURES = Features(
         "skipped": Value("string"),
     }
 )
-_ROW_FEATURES = Features({"input_ids": _LABELS, "labels": _LABELS, "rto_mask": List(Value("bool"))})
-BUILT_FEATURES = Features(
-    {**_ROW_FEATURES, "objective": Value("string"), "num_truncated": Value("int32"), "is_limited": Value("bool")}
-)
+_ROW_FEATURES = {"input_ids": _LABELS, "labels": _LABELS, "rto_mask": List(Value("bool"))}
+ROW_COUNTS = ("mle_rows", "rto_rows", "truncated_rows", "limited_rows")
+"""Columns of built rows that count the transform's rows in each of them (a branch row holds several)."""
+
+
+def row_features(config: DeRTaConfig) -> Features:
+    """Columns that a row goes to the collator with."""
+    return Features({**_ROW_FEATURES, **({"branch_starts": _IDS} if config.layout == "branch" else {})})
 
 
 def is_streaming(dataset: Any) -> bool:
@@ -121,7 +125,8 @@ def build_dataset(
     tokenized: Dataset | IterableDataset, build: BuildRows, *, num_proc: int | None = None
 ) -> Dataset | IterableDataset:
     """Training rows of tokenised records, drawn once (epoch 0)."""
-    options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(tokenized), "features": BUILT_FEATURES}
+    features = Features({**row_features(build.config), **{name: Value("int32") for name in ROW_COUNTS}})
+    options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(tokenized), "features": features}
     if is_streaming(tokenized):
         return tokenized.map(build, **options)
     return tokenized.map(build, num_proc=num_proc, desc="Building DeRTa rows", **options)
@@ -142,14 +147,29 @@ class BuildRows:
         object.__setattr__(self, "transform", transform_code(self.config))
 
     def rows(self, tokenized: Mapping[str, Any], index: int, epoch: int = 0) -> list[Row]:
-        """Rows of one tokenised record."""
+        """Rows of one tokenised record, in the config's layout."""
         options = {"refusal_token_id": self.refusal_token_id, "max_length": self.max_length}
-        return _build(tokenized, self.config, index=index, epoch=epoch, **options)
+        rows = _build(tokenized, self.config, index=index, epoch=epoch, **options)
+        return fold_rows(rows, max_length=self.max_length) if self.config.layout == "branch" else rows
+
+    def columns(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        """Rows as columns, with `ROW_COUNTS`."""
+        made = {name: [getattr(row, name) for row in rows] for name in _ROW_FEATURES}
+        if self.config.layout == "branch":
+            made["branch_starts"] = [row.branch_starts or [0] * len(row.input_ids) for row in rows]
+        counts = [_count(row.sources or (row,)) for row in rows]
+        return {**made, **{name: list(values) for name, values in zip(ROW_COUNTS, zip(*counts), strict=True)}}
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         records = zip(batch[TOKENIZED], batch["index"], strict=True)
-        rows = [row for record, index in records for row in self.rows(record, index)]
-        return {name: [getattr(row, name) for row in rows] for name in BUILT_FEATURES}
+        return self.columns([row for record, index in records for row in self.rows(record, index)])
+
+
+def _count(rows: Sequence[Row]) -> tuple[int, ...]:
+    """`ROW_COUNTS` of some rows."""
+    rto_rows = sum(row.objective == "rto" for row in rows)
+    truncated, limited = sum(row.num_truncated > 0 for row in rows), sum(row.is_limited for row in rows)
+    return len(rows) - rto_rows, rto_rows, truncated, limited
 
 
 class ResampledRows(torch.utils.data.Dataset):
@@ -171,7 +191,7 @@ class ResampledRows(torch.utils.data.Dataset):
         record = self._tokenized[place]
         if record[TOKENIZED]["is_authors_row"]:
             return 1
-        if self._build.config.transform is not None:
+        if self._build.config.transform is not None or self._build.config.layout == "branch":
             return len(self._build.rows(record[TOKENIZED], record["index"]))
         return self._build.config.num_prefixes + has_rto_row(self._build.config, record["index"])
 
@@ -186,8 +206,7 @@ class ResampledRows(torch.utils.data.Dataset):
         if place < 0:
             place += len(self)
         if place < self._num_ordinary:
-            row = self._ordinary[place]
-            return {name: row[name] for name in ROW_COLUMNS}
+            return self._ordinary[place]
         record_place, slot = self._slots[place - self._num_ordinary]
         record = self._tokenized[record_place]
         rows = self._build.rows(record[TOKENIZED], record["index"], int(self._epoch))
@@ -197,23 +216,29 @@ class ResampledRows(torch.utils.data.Dataset):
                 f"record {record['index']} {self._num_rows[record_place]} in epoch 0 and {len(rows)} in epoch "
                 f"{int(self._epoch)}. Leave `resample_each_epoch` out."
             )
-        return {name: getattr(rows[slot], name) for name in ROW_COLUMNS}
+        columns = self._build.columns([rows[slot]])
+        return {name: columns[name][0] for name in row_features(self._build.config)}
 
 
-def as_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The host's own labelled rows: `rto_mask` is filled in (no RTO) or cut as the host cut the rest."""
-    return dataset.map(_match_rto_mask).select_columns(list(ROW_COLUMNS))
+def as_rows(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> Dataset | IterableDataset:
+    """The host's own labelled rows: `rto_mask` is filled in (no RTO) or cut as the host cut the rest; no branch."""
+    is_branch = config.layout == "branch"
+    if is_branch and "branch_starts" in columns_of(dataset):
+        raise ValueError("A tokenised dataset has a column `branch_starts`: branch rows are DeRTa's to make. Drop it.")
+    return dataset.map(_complete_row, fn_kwargs={"is_branch": is_branch}).select_columns(list(row_features(config)))
 
 
-def as_row_stream(dataset: Dataset | IterableDataset) -> IterableDataset:
-    """Rows as a stream with the three row columns."""
+def as_row_stream(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> IterableDataset:
+    """Rows as a stream with the row columns alone."""
     stream = dataset if is_streaming(dataset) else dataset.to_iterable_dataset()
-    return stream.select_columns(list(ROW_COLUMNS)).cast(_ROW_FEATURES)
+    features = row_features(config)
+    return stream.select_columns(list(features)).cast(features)
 
 
-def concatenate(parts: list[Dataset]) -> Dataset:
+def concatenate(parts: list[Dataset], config: DeRTaConfig) -> Dataset:
     """One dataset of rows; their integer widths are made one, as hosts differ in them."""
-    return concatenate_datasets([part.select_columns(list(ROW_COLUMNS)).cast(_ROW_FEATURES) for part in parts])
+    features = row_features(config)
+    return concatenate_datasets([part.select_columns(list(features)).cast(features) for part in parts])
 
 
 class TripleTokenizer(Protocol):
@@ -308,7 +333,8 @@ def _keep_and_say_skipped(record: Mapping[str, Any]) -> bool:
     return not record["skipped"]
 
 
-def _match_rto_mask(row: Mapping[str, Any]) -> dict[str, list[bool]]:
+def _complete_row(row: Mapping[str, Any], *, is_branch: bool) -> dict[str, list[Any]]:
     length = len(row["input_ids"])
     mask = row.get("rto_mask")
-    return {"rto_mask": [False] * length if mask is None else mask[:length]}
+    completed = {"rto_mask": [False] * length if mask is None else mask[:length]}
+    return {**completed, "branch_starts": [0] * length} if is_branch else completed

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
-from derta_plugins.adapters.collator import RTOMaskCollator
+from derta_plugins.adapters.branch_batch import flatten_batch
+from derta_plugins.adapters.branch_model import BranchAttention
+from derta_plugins.adapters.collator import RowCollator
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, ScoredTargets, ScoringHead, scoring
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import (
@@ -24,6 +30,7 @@ from derta_plugins.core.losses import (
     fused_denominator,
     loss_components,
     per_token_nll,
+    token_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,15 +51,46 @@ class DeRTaLogMixin:
     _eval_prefix = "eval"
     _derta: DeRTaConfig
     _sums: dict[str, torch.Tensor]
+    _attention: BranchAttention | None = None
 
     def _start_derta(self, config: DeRTaConfig) -> None:
         """Set what this class needs; call it before the host's `__init__`."""
         self._derta, self._sums, self._contract_checked = config, {}, False
 
+    def _finish_layout(self) -> None:
+        """Set the model's attention for the layout; call it after the host's `__init__`."""
+        if self._derta.layout != "branch":
+            return
+        if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
+            raise ConfigError(
+                "`compute_metrics` needs the logits of separate rows: leave it out, or set layout='rows'."
+            )
+        self._attention = BranchAttention.of(self.model)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "rto_mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "rto_mask"]
+        ours = [name for name in ("rto_mask", "branch_starts") if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *ours]
+
+    def _laid_out(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch as the layout wants it: branch rows in one row of tokens, where the model's attention can."""
+        if self._attention is None:
+            return dict(batch)
+        if "branch_ids" not in batch:
+            raise ValueError(
+                f"The batch has no `branch_ids` (it has {sorted(batch)}): another collator replaced DeRTa's."
+            )
+        return flatten_batch(batch) if self._attention.flattens else dict(batch)
+
+    def _with_masks(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with: in the branch layout, who sees whom as its attention takes it."""
+        if self._attention is None:
+            return inputs
+        inputs, branch_ids = dict(inputs), inputs["branch_ids"]
+        del inputs["branch_ids"]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        inputs["attention_mask"] = self._attention.masks(inputs["position_ids"], branch_ids, dtype)
+        return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """(3,) counts of the whole optimizer step, over its micro-batches and all ranks; see `count_targets`."""
@@ -111,8 +149,12 @@ class DeRTaLossMixin(DeRTaLogMixin):
     DeRTa's already, and only the denominator is ours. The components are not separate then.
     """
 
+    _scores_in_head = True
+    _is_loss_only = True
+
     def _finish_derta(self) -> None:
         """Take over loss and collators; call it after the host's `__init__`."""
+        self._finish_layout()
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs in one process: `nn.DataParallel` cannot count the targets of a step. Start "
@@ -129,8 +171,10 @@ class DeRTaLossMixin(DeRTaLogMixin):
         self.model_accepts_loss_kwargs = self.is_loss_fused
         for name in ("data_collator", "eval_data_collator", "train_data_collator"):
             collator = getattr(self, name, None)
-            if collator is not None and not isinstance(collator, RTOMaskCollator):
-                setattr(self, name, RTOMaskCollator(collator))
+            if collator is not None and not isinstance(collator, RowCollator):
+                setattr(self, name, RowCollator(collator, self._derta.layout))
+        # a compiled forward pass would be compiled anew at every step
+        self._scores_in_head = not self.is_loss_fused and not self.args.torch_compile
         if self.is_loss_fused:
             logger.warning(
                 "The model computes a fused loss and builds no logits: the loss is DeRTa's, but `mle_loss`, `rto_loss` "
@@ -149,35 +193,110 @@ class DeRTaLossMixin(DeRTaLogMixin):
         """DeRTa's loss, inside the host's own `compute_loss`."""
         check_batch(inputs)
         counts = count_batch(inputs) if num_items_in_batch is None else num_items_in_batch
-        inputs, is_step = dict(inputs), num_items_in_batch is not None
+        inputs, is_step = self._with_masks(self._laid_out(inputs)), num_items_in_batch is not None
         rto_mask = inputs.pop("rto_mask")
         if self.is_loss_fused:
             mle_tokens, rto_tokens, _ = count_targets(inputs["labels"], rto_mask)
             self._add_to_log(torch.stack([zero := mle_tokens * 0, zero, mle_tokens, rto_tokens, zero]))
             step = fused_denominator(counts, self._derta) if is_step else None
             return super().compute_loss(model, inputs, return_outputs, step)
-        self._micro_batch, self._scored = (rto_mask, counts), None
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._micro_batch, self._scored = MicroBatch.of(inputs["labels"], rto_mask, counts, self._derta), None
+        result = self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._scored is None:
-            raise RuntimeError(f"{self.host_version} did not compute DeRTa's loss; this version is not supported.")
+            raise RuntimeError(self._not_computed)
         self._check_contract(self._scored.loss, result[0] if return_outputs else result, is_step=is_step)
         self._add_to_log(self._scored.sums)
         return result
 
+    @property
+    def _not_computed(self) -> str:
+        return f"{self.host_version} did not compute DeRTa's loss; this version is not supported."
+
+    def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """The host's `compute_loss`, with the targets scored in the model's head where logits are not asked for."""
+        self._head, self._was_asked = None, False
+        if self._scores_in_head and (self.model.training or self._is_loss_only):
+            try:
+                with self._micro_batch.scoring(self.model) as self._head:
+                    return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            except HeadNotScorableError as reason:
+                logger.warning("DeRTa's loss is taken from full logits, which costs memory: %s", reason)
+                self._scores_in_head, self._head = False, None
+            except (ValueError, RuntimeError) as error:
+                if self._head.has_scored and not self._was_asked:  # the host took what the head returned for logits
+                    raise RuntimeError(self._not_computed) from error
+                raise
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        self._is_loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._is_loss_only = True
+
     def _score(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """`Trainer`'s `compute_loss_func`."""
-        rto_mask, counts = self._micro_batch
+        self._was_asked = True
         if getattr(outputs, "logits", None) is None:
             raise RuntimeError("The model built no logits: turn its fused loss off, or tell DeRTa of it.")
-        self._scored: DeRTaLoss | None = derta_loss(
-            per_token_nll(outputs.logits, labels),
-            labels[:, 1:] != IGNORE_INDEX,
-            rto_mask[:, 1:],
-            counts=counts.to(labels.device),
-            normalization=self._derta.normalization,
-            rto_weight=self._derta.rto_weight,
-        )
+        if self._head is None:
+            self._scored = self._micro_batch.loss(per_token_nll(outputs.logits, labels))
+        else:
+            self._scored = self._micro_batch.loss_of_head(self._head.read(outputs))
         return self._scored.loss.clone()  # the host scales it in place
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    The targets of one forward pass, and how they are weighed.
+
+    Attributes:
+        labels: (B, S) final targets.
+        rto_mask: (B, S) bool.
+        counts: (3,) of the whole step; see `count_targets`.
+        config: Knobs.
+    """
+
+    labels: torch.Tensor
+    rto_mask: torch.Tensor
+    counts: torch.Tensor
+    config: DeRTaConfig
+
+    @classmethod
+    def of(cls, labels: torch.Tensor, rto_mask: torch.Tensor, counts: torch.Tensor, config: DeRTaConfig) -> MicroBatch:
+        """All on the device of the labels."""
+        return cls(labels, rto_mask.to(labels.device), counts.to(labels.device), config)
+
+    @property
+    def label_mask(self) -> torch.Tensor:
+        """(B, S - 1) bool, true where the next token is a target."""
+        return self.labels[:, 1:] != IGNORE_INDEX
+
+    @property
+    def _reduction(self) -> dict[str, Any]:
+        return {
+            "counts": self.counts,
+            "normalization": self.config.normalization,
+            "rto_weight": self.config.rto_weight,
+        }
+
+    def loss(self, nll: torch.Tensor) -> DeRTaLoss:
+        """DeRTa's loss from (B, S - 1) losses of each next token."""
+        masks = (mask.to(nll.device) for mask in (self.label_mask, self.rto_mask[:, 1:]))
+        return derta_loss(nll, *masks, **{**self._reduction, "counts": self.counts.to(nll.device)})
+
+    def scoring(self, model: Any, *, stats: bool = False) -> AbstractContextManager[ScoringHead]:
+        """Let the head of `model` score these targets; see `adapters.scoring_head`."""
+        targets = F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        rto_mask = F.pad(self.rto_mask[:, 1:], (0, 1))
+        weights = token_weights(targets != IGNORE_INDEX, rto_mask, **self._reduction)
+        return scoring(model, targets, weights, stats=stats)
+
+    def loss_of_head(self, found: ScoredTargets) -> DeRTaLoss:
+        """DeRTa's loss as the head has it, with its components."""
+        return replace(self.loss(found.nll[:, :-1]), loss=found.total)
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
@@ -192,4 +311,5 @@ def count_batch(batch: Mapping[str, Any]) -> torch.Tensor:
     position_ids = batch.get("position_ids")
     if position_ids is not None and position_ids.shape != batch["labels"].shape:
         position_ids = None
-    return count_targets(batch["labels"], batch["rto_mask"], position_ids=position_ids)
+    branch_ids = batch.get("branch_ids")
+    return count_targets(batch["labels"], batch["rto_mask"], position_ids=position_ids, branch_ids=branch_ids)

@@ -8,25 +8,28 @@ else (model loading, PEFT, ordinary rows, packing, the fused LM head, metrics, c
 from __future__ import annotations
 
 import logging
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback
+from transformers import AutoConfig, PreTrainedConfig, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from derta_plugins.adapters import row_datasets
-from derta_plugins.adapters.collator import lay_out, row_mask
+from derta_plugins.adapters.branch_batch import layout_for
+from derta_plugins.adapters.collator import lay_out, lay_out_branches, row_branch_starts, row_mask
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
 from derta_plugins.adapters.row_datasets import ResampledRows
-from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, check_batch, count_batch
+from derta_plugins.adapters.scoring_head import HeadNotScorableError
+from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, MicroBatch, check_batch, count_batch
 from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD, NEWEST_TESTED, OLDEST_TESTED, DeRTaSFTConfig
-from derta_plugins.core.config import ConfigError, DeRTaConfig
-from derta_plugins.core.constants import IGNORE_INDEX
-from derta_plugins.core.losses import derta_loss, per_token_nll
+from derta_plugins.core.config import ConfigError, Layout
+from derta_plugins.core.losses import per_token_nll
 from derta_plugins.hookspecs import Adapter, hookimpl
 
 if TYPE_CHECKING:
@@ -44,17 +47,34 @@ def derta_adapter() -> Adapter:
     return Adapter("trl", "trl", OLDEST_TESTED, NEWEST_TESTED, how)
 
 
+@dataclass
 class DeRTaDataCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also pads or flattens `rto_mask`. Rows without final labels are refused."""
+    """
+    TRL's collator, which also pads or flattens DeRTa's columns. Rows without final labels are refused.
+
+    Attributes:
+        layout: Layout of the rows; the trainer sets it.
+    """
+
+    layout: Layout = "rows"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Batch with `rto_mask` (B, S) bool beside `labels`."""
+        """Batch with `rto_mask` (B, S) bool beside `labels`; in the branch layout see `lay_out_branches` too."""
         masks = [row_mask(example) for example in examples]
+        starts = [_branch_starts_of_pack(example, self.layout) for example in examples]
         batch = super().torch_call(examples)
         if self.padding_free:
-            masks = [list(chain.from_iterable(masks))]
+            masks, starts = [list(chain.from_iterable(masks))], [list(chain.from_iterable(starts))]
         batch["rto_mask"] = lay_out(masks, batch["labels"])
+        if self.layout == "branch":
+            lay_out_branches(batch, starts)
         return batch
+
+
+def _branch_starts_of_pack(example: dict[str, Any], layout: Layout) -> list[list[int]]:
+    """`branch_starts` of each row that TRL packed into an example."""
+    starts = iter(row_branch_starts(example, layout))
+    return [list(islice(starts, length)) for length in example.get("seq_lengths") or [len(example["input_ids"])]]
 
 
 class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
@@ -112,13 +132,15 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
         for name in ("train_dataset", "safety_dataset", "boundary_dataset"):
             _check_dataset(name, locals()[name])
         self.row_counts, self.refusal_token = RowCounts(), None
-        self._start_derta(args.derta_config())
+        self._start_derta(layout_for(args.derta_config(), _config_of(model, args)))
         self._extra_datasets, self._train_is_prepared = (safety_dataset, boundary_dataset), False
         super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
-        if not isinstance(self.data_collator, DeRTaDataCollator):
-            self.data_collator = DeRTaDataCollator(**vars(self.data_collator))
+        self.data_collator = DeRTaDataCollator(**{**vars(self.data_collator), "layout": self._derta.layout})
+        self._finish_layout()
         # Our loss divides by counts of the whole step: `Trainer` must count, and must not divide by its steps again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        # TRL's fused head scores the targets alone on a GPU, but every position on a CPU
+        self._scores_in_head = HAS_FUSED_LM_HEAD and self.args.device.type == "cpu" and not self.aux_loss_enabled
         self._check_target_is_in_vocabulary()
         if self.aux_loss_enabled and not HAS_FUSED_LM_HEAD:
             raise ConfigError("Before TRL 1.15 the router loss of a mixture of experts would get lost: upgrade TRL.")
@@ -175,9 +197,9 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
         """DeRTa's loss, inside TRL's own `compute_loss`, which goes on to do the forward pass, metrics and scaling."""
         check_batch(inputs)
         counts = count_batch(inputs) if num_items_in_batch is None else num_items_in_batch
-        inputs = dict(inputs)
-        is_step = num_items_in_batch is not None
-        scored = _ScoredModel(model, inputs.pop("rto_mask"), counts, self._derta, is_step=is_step)
+        inputs, is_step = self._laid_out(inputs), num_items_in_batch is not None
+        micro_batch = MicroBatch.of(inputs["labels"], inputs.pop("rto_mask"), counts, self._derta)
+        scored = _ScoredModel(self, model, micro_batch, is_step=is_step)
         # `_ScoredModel` divides already, by the counts of the step: TRL is left to divide by one
         one = torch.ones((), device=self.args.device) if is_step else None
         result = super().compute_loss(scored, inputs, return_outputs, one)
@@ -198,17 +220,14 @@ class _ScoredModel:
     experts stay TRL's.
     """
 
-    def __init__(
-        self, model: Any, rto_mask: torch.Tensor, counts: torch.Tensor, config: DeRTaConfig, *, is_step: bool
-    ) -> None:
-        self._model, self._rto_mask, self._counts, self._config = model, rto_mask, counts, config
-        self._is_step = is_step
+    def __init__(self, trainer: DeRTaSFTTrainer, model: Any, micro_batch: MicroBatch, *, is_step: bool) -> None:
+        self._trainer, self._model, self._micro_batch, self._is_step = trainer, model, micro_batch, is_step
         self.result: DeRTaLoss | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
+        kwargs = self._trainer._with_masks(kwargs)
         if kwargs.get("fused_lm_head"):
-            outputs = self._model(**kwargs)
-            self.result = self._score(-outputs.log_probs, outputs.label_mask)
+            outputs = self._scored_in_head(kwargs) or self._scored_by_trl(kwargs)
             # without a count for the step (evaluation), TRL divides by the targets of the batch
             divisor = 1 if self._is_step else outputs.label_mask.sum().clamp(min=1)
             outputs.log_probs = -self.result.loss * divisor
@@ -218,19 +237,38 @@ class _ScoredModel:
         labels = kwargs.pop("labels")
         kwargs.pop("num_items_in_batch", None)
         outputs = self._model(**kwargs)
-        self.result = self._score(per_token_nll(outputs.logits, labels), labels[:, 1:] != IGNORE_INDEX)
+        self.result = self._micro_batch.loss(per_token_nll(outputs.logits, labels))
         outputs["loss"] = self.result.loss.clone()  # the host scales it in place
         return outputs
 
-    def _score(self, nll: torch.Tensor, target_mask: torch.Tensor) -> DeRTaLoss:
-        return derta_loss(
-            nll,
-            target_mask,
-            self._rto_mask[:, 1:].to(nll.device),
-            counts=self._counts.to(nll.device),
-            normalization=self._config.normalization,
-            rto_weight=self._config.rto_weight,
-        )
+    def _scored_by_trl(self, kwargs: dict[str, Any]) -> Any:
+        outputs = self._model(**kwargs)
+        self.result = self._micro_batch.loss(-outputs.log_probs)
+        return outputs
+
+    def _scored_in_head(self, kwargs: dict[str, Any]) -> Any:
+        """What TRL reads of its outputs, from our own head; None where TRL's is to be used."""
+        if not self._trainer._scores_in_head:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "labels")}
+        try:
+            with self._micro_batch.scoring(self._trainer.model, stats=True) as head:
+                found = head.read(self._model(**kwargs))
+        except HeadNotScorableError as reason:
+            logger.info("The loss is left to TRL's fused head: %s", reason)
+            self._trainer._scores_in_head = False
+            return None
+        self.result = self._micro_batch.loss_of_head(found)
+        return SimpleNamespace(label_mask=self._micro_batch.label_mask, entropy=found.entropy, is_top1=found.is_top1)
+
+
+def _config_of(model: Any, args: DeRTaSFTConfig) -> PreTrainedConfig:
+    """The config of a model, or of the one that TRL will load."""
+    if not isinstance(model, str):
+        return model.config
+    known = ("revision", "trust_remote_code", "subfolder", "cache_dir", "token", "code_revision")
+    options = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in known}
+    return AutoConfig.from_pretrained(model, **options)
 
 
 class _SetEpoch(TrainerCallback):

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from derta_plugins.core.config import (
     ConfigError,
     DeRTaConfig,
+    Layout,
     Method,
     Normalization,
     OnBadRecord,
@@ -58,6 +59,7 @@ class DeRTaSFTConfig(SFTConfig):
     resample_each_epoch: bool = _knob("resample_each_epoch", "Draw prefixes and kept positions anew every epoch.")
     normalization: Normalization = _knob("normalization", "'token_mean', 'sequence_sum' or 'component_mean'.")
     rto_weight: float = _knob("rto_weight", "Weight of the RTO positions.")
+    layout: Layout = _knob("layout", "'rows', or 'branch' to train the rows of a triple in one sequence.")
     boundary_ratio: float | None = _knob("boundary_ratio", "Benign look-alike rows per triple; all when not set.")
     transform: str | None = _knob("transform", "Installed plugin that turns triples into rows; ours when not set.")
     on_bad_record: OnBadRecord = _knob("on_bad_record", "'error', or 'skip' to drop, count and report bad records.")

@@ -13,6 +13,7 @@ PrefixUnit = Literal["token", "word"]
 RTOTurns = Literal["last", "all"]
 OnBadRecord = Literal["error", "skip"]
 Normalization = Literal["token_mean", "sequence_sum", "component_mean"]
+Layout = Literal["rows", "branch"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -20,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rto_turns": get_args(RTOTurns),
     "on_bad_record": get_args(OnBadRecord),
     "normalization": get_args(Normalization),
+    "layout": get_args(Layout),
 }
 # name: (lowest, highest, lowest is allowed); all numbers must be finite
 _BOUNDS: dict[str, tuple[float, float, bool]] = {
@@ -69,6 +71,9 @@ class DeRTaConfig:
             `sequence_sum`: rows, each the sum of its tokens (Eq. 2, whose expectation runs over responses).
             `component_mean`: MLE mean plus `rto_weight` times RTO mean.
         rto_weight: Weight of RTO positions. Paper: 1.
+        layout: `rows` trains the rows of a triple apart, as the paper. `branch` trains the same in one sequence that
+            holds prompt and harmful response once (`core.branch_layout`): less to compute, above all with
+            `num_prefixes` of more than one.
         boundary_ratio: Benign look-alike rows per triple. None takes every row given. Paper (ACL version): XSTest
             refusals fell from 64 % to 18 % with 200 boundary samples.
         transform: Name of an installed plugin that turns triples into rows in place of `core.transform`. Its rows are
@@ -93,6 +98,7 @@ class DeRTaConfig:
     resample_each_epoch: bool = False
     normalization: Normalization = "token_mean"
     rto_weight: float = 1.0
+    layout: Layout = "rows"
     boundary_ratio: float | None = None
     transform: str | None = None
     on_bad_record: OnBadRecord = "error"

@@ -117,7 +117,12 @@ def per_token_nll(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_
 
 
 def count_targets(
-    labels: Tensor, rto_mask: Tensor, *, position_ids: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+    labels: Tensor,
+    rto_mask: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """
     What one micro-batch adds to the denominators of its optimizer step.
@@ -127,6 +132,8 @@ def count_targets(
         rto_mask: (B, S) bool.
         position_ids: (B, S) for packed or padding-free batches, where a position of 0 begins a new sequence. None: each
             row of the batch is one sequence.
+        branch_ids: (B, S) for the branch layout (`core.branch_layout`), with `position_ids`: each branch is a sequence,
+            and a label belongs to that of the token before it, which predicts it.
         ignore_index: Label value without a target.
 
     Returns:
@@ -141,7 +148,12 @@ def count_targets(
         # number the sequences 0, 1, ... over the whole batch, then see which of them hold a target
         starts = position_ids == 0
         starts[:, 0] = True
-        numbers = starts.flatten().cumsum(0).view_as(starts)[:, 1:]
+        branch_starts = torch.zeros_like(starts)
+        if branch_ids is not None:
+            branch_starts[:, 1:] = (branch_ids[:, 1:] != branch_ids[:, :-1]) & (branch_ids[:, 1:] != 0)
+        numbers = (starts | branch_starts).flatten().cumsum(0).view_as(starts)
+        # the label where a branch begins is the last one of the segment before it
+        numbers = (numbers - branch_starts.long())[:, 1:]
         sequences = numbers[is_target].unique().numel()
         sequences = torch.as_tensor(sequences, device=labels.device)
     return torch.stack([is_target.sum() - is_rto.sum(), is_rto.sum(), sequences.to(torch.int64)])
@@ -220,6 +232,39 @@ def derta_loss(
         p_refusal = torch.where(is_rto, (-nll).exp(), torch.zeros_like(nll)).sum()
         sums = torch.stack([mle_sum, rto_sum, (num_targets - num_rto).to(nll.dtype), num_rto.to(nll.dtype), p_refusal])
     return DeRTaLoss(loss, sums)
+
+
+def token_weights(
+    target_mask: Tensor,
+    rto_mask: Tensor,
+    *,
+    counts: Tensor,
+    normalization: Normalization = "token_mean",
+    rto_weight: float = 1.0,
+) -> Tensor:
+    """
+    What each target's loss is multiplied by, so that the sum over a batch is the loss of `derta_loss`: for heads that
+    make their gradient while they score.
+
+    Args:
+        target_mask: (B, T) bool, as in `derta_loss`.
+        rto_mask: (B, T) bool, as in `derta_loss`.
+        counts: (3,) from `count_targets`, summed over the step.
+        normalization: As in `derta_loss`.
+        rto_weight: As in `derta_loss`.
+
+    Returns:
+        (B, T) float64, zero where there is no target.
+
+    Example:
+        >>> weights = token_weights(torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]]),
+        ...                         counts=torch.tensor([3, 1, 2]), rto_weight=0.5)
+        >>> weights.tolist()
+        [[0.25, 0.125, 0.0]]
+    """
+    mle_denominator, rto_denominator = _denominators(counts.double(), normalization)
+    weights = torch.where(rto_mask.bool(), rto_weight / rto_denominator, 1 / mle_denominator)
+    return torch.where(target_mask.bool(), weights, torch.zeros_like(weights))
 
 
 def loss_components(sums: Tensor) -> dict[str, float]:

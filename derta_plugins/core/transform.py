@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from derta_plugins.core.chat import TokenizedAuthorsRow, TokenizedTriple
@@ -30,19 +30,23 @@ class Row:
         labels: Final targets aligned with `input_ids` (`labels[t]` is predicted at `t - 1`), `IGNORE_INDEX` elsewhere.
         rto_mask: True where the target is the refusal token because of RTO. Only for weights and logging: the targets
             do not depend on it.
-        objective: What the row trains.
+        objective: What the row trains; `branch` is an RTO row with MLE rows folded into it (`core.branch_layout`).
         prefix_length: Tokens of the harmful response in front of the safe one (k of Eq. 2); all of them in an RTO row.
         num_truncated: Tokens left out to fit `max_length`.
         is_limited: Whether `max_length` kept k from reaching the whole harmful response, in an MLE row that draws k.
+        branch_starts: S numbers in a branch row (see `fold_rows`), empty in others.
+        sources: The rows that a branch row was folded from.
     """
 
     input_ids: list[int]
     labels: list[int]
     rto_mask: list[bool]
-    objective: Literal["mle", "rto"]
+    objective: Literal["mle", "rto", "branch"]
     prefix_length: int
     num_truncated: int = 0
     is_limited: bool = False
+    branch_starts: list[int] = field(default_factory=list)
+    sources: tuple[Row, ...] = ()
 
 
 def build_rows(

@@ -1,4 +1,4 @@
-"""`RTOMaskCollator` around collators that pad, pack and flatten: the mask stands where the labels stand."""
+"""`RowCollator` around collators that pad, pack and flatten: the mask stands where the labels stand."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from derta_plugins.adapters.collator import RTOMaskCollator
+from derta_plugins.adapters.collator import RowCollator
 
 PAD = -100
 
@@ -54,20 +54,20 @@ def row(length, rto=(), *, mask=True):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padded_rows(side):
-    batch = RTOMaskCollator(Pads(side))([row(5, {3, 4}), row(3, {2}), row(4, mask=False)])
+    batch = RowCollator(Pads(side))([row(5, {3, 4}), row(3, {2}), row(4, mask=False)])
     assert batch["rto_mask"].shape == batch["labels"].shape == (3, 8)
     assert torch.equal(batch["rto_mask"], batch["labels"] == 9)
     assert batch["rto_mask"].sum() == 3
 
 
 def test_packs_become_one_row_each():
-    batch = RTOMaskCollator(Pads())([[row(3, {2}), row(4, mask=False)], [row(5, {1, 4})]])
+    batch = RowCollator(Pads())([[row(3, {2}), row(4, mask=False)], [row(5, {1, 4})]])
     assert batch["labels"].shape == (2, 8)
     assert batch["rto_mask"].nonzero().tolist() == [[0, 2], [1, 1], [1, 4]]
 
 
 def test_flattened_rows():
-    batch = RTOMaskCollator(flattens)([row(3, {2}), row(4, {1, 3})])
+    batch = RowCollator(flattens)([row(3, {2}), row(4, {1, 3})])
     assert batch["rto_mask"].nonzero().tolist() == [[0, 2], [0, 4], [0, 6]]
 
 
@@ -78,21 +78,21 @@ def test_the_hosts_collator_never_sees_the_mask():
         seen.extend(features)
         return Pads()(features)
 
-    RTOMaskCollator(host)([row(3, {2})])
+    RowCollator(host)([row(3, {2})])
     assert seen
     assert all("rto_mask" not in features for features in seen)
 
 
 def test_the_features_are_not_modified():
     features = [row(3, {2})]
-    RTOMaskCollator(Pads())(features)
+    RowCollator(Pads())(features)
     assert features == [row(3, {2})]
 
 
 def test_attributes_and_pickling_reach_the_hosts_collator():
-    collator = RTOMaskCollator(Pads("left"))
+    collator = RowCollator(Pads("left"))
     assert collator.tokenizer.padding_side == "left"
-    copy = pickle.loads(pickle.dumps(RTOMaskCollator(flattens)))
+    copy = pickle.loads(pickle.dumps(RowCollator(flattens)))
     assert copy([row(3, {2})])["rto_mask"].tolist() == [[False, False, True]]
 
 
@@ -111,7 +111,7 @@ def pads_on_the_other_side(features):
 def test_a_row_that_lost_a_column_is_refused(name):
     broken = {key: value for key, value in row(3, {2}).items() if key != name}
     with pytest.raises(ValueError, match=rf"lost \['{name}'\].*keep the columns"):
-        RTOMaskCollator(Pads())([broken])
+        RowCollator(Pads())([broken])
 
 
 @pytest.mark.parametrize("name", ["labels", "rto_mask"])
@@ -119,7 +119,7 @@ def test_columns_of_different_lengths_are_refused(name):
     broken = row(4, {2})
     broken[name] = broken[name][:3]
     with pytest.raises(ValueError, match="different lengths"):
-        RTOMaskCollator(Pads())([broken])
+        RowCollator(Pads())([broken])
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_columns_of_different_lengths_are_refused(name):
 )
 def test_a_collator_whose_labels_do_not_fit_is_refused(collator, message):
     with pytest.raises(ValueError, match=message):
-        RTOMaskCollator(collator)([row(4, {2, 3}), row(3, {1})])
+        RowCollator(collator)([row(4, {2, 3}), row(3, {1})])

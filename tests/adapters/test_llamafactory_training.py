@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from derta_plugins.adapters import llamafactory as adapter
 from derta_plugins.adapters import llamafactory_patch as patch
-from derta_plugins.adapters.collator import RTOMaskCollator
+from derta_plugins.adapters.collator import RowCollator
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from tests.adapters.llamafactory_runs import (
     COMPONENTS,
@@ -262,14 +262,14 @@ def test_rows_that_lost_our_column_are_refused(folder, monkeypatch):
 
 
 def test_a_batch_that_lost_our_column_ends_the_run_before_the_first_step(folder, monkeypatch):
-    original, output = RTOMaskCollator.__call__, folder / "dropped"
+    original, output = RowCollator.__call__, folder / "dropped"
 
     def dropping(self, features):
         batch = original(self, features)
         del batch["rto_mask"]
         return batch
 
-    monkeypatch.setattr(RTOMaskCollator, "__call__", dropping)
+    monkeypatch.setattr(RowCollator, "__call__", dropping)
     with pytest.raises(ValueError, match="rto_mask"):
         train(folder, output_dir=str(output))
     assert not (output / "trainer_state.json").exists()

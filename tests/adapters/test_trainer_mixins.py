@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from derta_plugins.adapters.collator import RTOMaskCollator
+from derta_plugins.adapters.collator import RowCollator
 from derta_plugins.adapters.trainer_mixins import DeRTaLossMixin, count_batch
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from tests.conftest import byte_level_bpe, tiny_llama
@@ -187,7 +187,7 @@ def test_the_collator_is_wrapped_once(tmp_path):
     wrapped = trainer.data_collator
     trainer.compute_loss_func = None
     trainer._finish_derta()
-    assert isinstance(wrapped, RTOMaskCollator)
+    assert isinstance(wrapped, RowCollator)
     assert trainer.data_collator is wrapped
 
 

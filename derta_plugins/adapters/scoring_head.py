@@ -1,0 +1,130 @@
+"""
+A `transformers` causal language model that scores its targets instead of building logits, for one forward pass.
+
+The head is asked for its output as always, so that whatever hooks it has run (DDP, FSDP2, ZeRO-3), but its `forward` is
+replaced meanwhile: it gathers the supervised positions and returns their loss. The loss reaches its caller where the
+logits would, since sharded models watch their outputs for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from derta_plugins.core.constants import IGNORE_INDEX
+from derta_plugins.core.linear_nll import LinearNLL, linear_nll
+
+
+class HeadNotScorableError(RuntimeError):
+    """The model does something to its logits, or around its head, that scoring in the head would skip."""
+
+
+@dataclass(frozen=True)
+class ScoredTargets:
+    """
+    What the head found.
+
+    Attributes:
+        total: Scalar, the sum of weights times losses; differentiable, and an output of the model.
+        nll: (B, S) nats, detached, zero without a target. At `t` that of the token after `t`.
+        entropy: (B, S) nats, likewise; None unless asked for.
+        is_top1: (B, S) bool, likewise; None unless asked for.
+    """
+
+    total: Tensor
+    nll: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class ScoringHead:
+    """The head of one forward pass; see `scoring`."""
+
+    def __init__(self, head: nn.Module, targets: Tensor, token_weights: Tensor, *, stats: bool) -> None:
+        self._head, self._targets, self._token_weights, self._stats = head, targets, token_weights, stats
+        self._original, self._returned, self._found = head.forward, None, None
+
+    @property
+    def has_scored(self) -> bool:
+        """Whether the model has asked for the loss."""
+        return self._found is not None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(1, 1, N + 1): the total, and the losses, which need no gradient."""
+        if self._found is not None or hidden.shape[:-1] != self._targets.shape:
+            raise HeadNotScorableError(
+                f"The head must be called once, with a hidden state for each of the {tuple(self._targets.shape)} "
+                f"targets; got {tuple(hidden.shape)}."
+            )
+        places = (self._targets != IGNORE_INDEX).to(hidden.device)
+        targets, weights = (of[places.to(of.device)].to(hidden.device) for of in (self._targets, self._token_weights))
+        self._found = self._score(hidden[places], targets, weights)
+        self._returned = torch.cat([self._found.total[None], self._found.nll])[None, None]
+        return self._returned
+
+    def _score(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> LinearNLL:
+        if type(self._head) is nn.Linear and not isinstance(self._head.weight, DTensor):
+            weight, bias = self._head.weight, self._head.bias
+            return linear_nll(hidden, weight, targets, token_weights=token_weights, bias=bias, stats=self._stats)
+        # an adapter, a quantised or a sharded head knows best what it computes: the logits of these positions are built
+        logits = self._original(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+        total = (nll * token_weights.to(nll.dtype)).sum()
+        if not self._stats:
+            return LinearNLL(total, nll.detach())
+        with torch.no_grad():
+            log_probs = logits.log_softmax(dim=-1)
+            entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return LinearNLL(total, nll.detach(), entropy, logits.argmax(dim=-1) == targets)
+
+    def read(self, outputs: Any) -> ScoredTargets:
+        """
+        What was found, from the model's outputs.
+
+        Raises:
+            HeadNotScorableError: If the model did not call its head, or changed what it returned.
+        """
+        got = getattr(outputs, "logits", None)
+        if self._found is None or got is None:
+            raise HeadNotScorableError("The model did not ask its head for logits.")
+        if got.shape != self._returned.shape or not torch.equal(got.detach().to(self._returned), self._returned):
+            raise HeadNotScorableError(
+                "The model changes its logits after the head (a soft-cap, a scale), so its loss cannot be had there."
+            )
+        places = self._targets != IGNORE_INDEX
+        per_token = (self._found.nll, self._found.entropy, self._found.is_top1)
+        laid_out = (None if of is None else of.new_zeros(places.shape).masked_scatter(places, of) for of in per_token)
+        return ScoredTargets(got[0, 0, 0], *laid_out)
+
+
+@contextmanager
+def scoring(model: Any, targets: Tensor, token_weights: Tensor, *, stats: bool = False) -> Iterator[ScoringHead]:
+    """
+    While this is open, a call of `model` without labels scores `targets`; `read` takes the result out of its outputs.
+
+    Args:
+        model: A causal language model, PEFT around it or not. Distributed training may call it through a wrapper.
+        targets: (B, S) int64, shifted: at `t` what the hidden state `t` predicts, or -100.
+        token_weights: (B, S), from `core.losses.token_weights`.
+        stats: Also find entropy and accuracy.
+
+    Raises:
+        HeadNotScorableError: If the model has no head of its own, or is scoring already.
+    """
+    head = model.get_output_embeddings()
+    if head is None or "forward" in vars(head):
+        why = "has no head" if head is None else "has a head whose `forward` another tool replaced"
+        raise HeadNotScorableError(f"{type(model).__name__} {why}.")
+    scored = ScoringHead(head, targets, token_weights, stats=stats)
+    head.forward = scored.forward
+    try:
+        yield scored
+    finally:
+        del head.forward
