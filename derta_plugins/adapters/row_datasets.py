@@ -1,7 +1,8 @@
 """
 Safety records in a `datasets` dataset become training rows, in memory or streaming: tokenise, then build.
 
-Rows have the columns `input_ids`, `labels`, `rto_mask`, and `branch_starts` in the branch layout. Shared by the adapters, whose hosts all bring `datasets`.
+Rows have the columns `input_ids`, `labels`, `rto_mask`, and `branch_starts` in the branch layout. Shared by the
+adapters, whose hosts all bring `datasets`.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class BuildRows:
         if self.config.layout == "branch":
             made["branch_starts"] = [row.branch_starts or [0] * len(row.input_ids) for row in rows]
         counts = [_count(row.sources or (row,)) for row in rows]
-        return {**made, **{name: list(values) for name, values in zip(ROW_COUNTS, zip(*counts), strict=True)}}
+        return {**made, **{name: [count[place] for count in counts] for place, name in enumerate(ROW_COUNTS)}}
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         records = zip(batch[TOKENIZED], batch["index"], strict=True)

@@ -147,7 +147,7 @@ def segment_attention(
 
 @dataclass(frozen=True)
 class _Places:
-    """Of each token, (B, S): numbers of its document and segment, where these start, the position a branch begins at."""
+    """Of each token, (B, S): number of its document and segment, where they start, the position a branch begins at."""
 
     document: Tensor
     segment: Tensor

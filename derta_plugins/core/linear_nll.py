@@ -1,8 +1,8 @@
 """
 Next-token loss of gathered positions through a linear language-model head, a few rows of logits at a time.
 
-The gradient is made while a chunk's logits are there, as in Liger's fused loss and in `F.linear_cross_entropy` of torch:
-three matrix products in all, and never more logits than one chunk has. Unlike theirs, the loss of each token comes out
+The gradient is made while a chunk's logits are there, as in Liger's fused loss and in torch's `F.linear_cross_entropy`:
+three matrix products in all, and never more logits than one chunk has. Unlike there, the loss of each token comes out
 too, from which the components are logged, and tokens have weights.
 
 Shape letters used in this file: N gathered tokens, D size of a hidden state, V vocabulary.
