@@ -7,12 +7,14 @@ from typing import Any
 
 import axolotl
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.loaders.utils import load_model_config
 
 from derta_plugins.adapters.axolotl_args import check_settings, derta_config, fused_loss
 from derta_plugins.adapters.axolotl_cache import mark_entries
 from derta_plugins.adapters.axolotl_names import DATASET_TYPE, PLUGIN, SPLITS, our_entries
 from derta_plugins.adapters.axolotl_rows import TripleStrategy
 from derta_plugins.adapters.axolotl_trainer import AxolotlDeRTaTrainer
+from derta_plugins.adapters.branch_batch import layout_for
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.refusal_token import RefusalToken
 
@@ -43,6 +45,8 @@ class DeRTaPlugin(BasePlugin):
             return
         self.config, self.target = derta_config(cfg), None
         check_settings(cfg, self.config)
+        if self.config.layout == "branch":
+            self.config = layout_for(self.config, load_model_config(cfg))
         mark_entries(cfg, self.config)
         self._split_of_mark = {entry["conversation"]: name for name in SPLITS for entry in our_entries(cfg, name)}
 

@@ -84,8 +84,10 @@ class TripleStrategy(DatasetWrappingStrategy):
         prepared = prepare(how, dataset)
         self._plugin.agree_on(prepared.target, self._name)
         logger.info("DeRTa rows of %s: %s", self._name, prepared.counts)
+        branches = {name: List(Value("int32")) for name in prepared.rows.column_names if name == "branch_starts"}
+        features = Features({**_HOST_FEATURES, **branches})
         return prepared.rows.map(
-            _add_attention_mask, batched=True, features=_HOST_FEATURES, keep_in_memory=bool(keep_in_memory)
+            _add_attention_mask, batched=True, features=features, keep_in_memory=bool(keep_in_memory)
         )
 
     @property

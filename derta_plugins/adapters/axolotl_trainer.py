@@ -22,12 +22,13 @@ logger = get_logger("axolotl.derta_plugins")
 
 @dataclass
 class RowTally:
-    """What a dataset of rows holds: its rows by kind, and the ids of its RTO targets."""
+    """What a dataset of rows holds: its rows by kind, MLE rows folded into RTO rows, and the ids of its RTO targets."""
 
     targets: frozenset[int]
     ordinary: int
     mle: int
     rto: int
+    branches: int = 0
 
     @classmethod
     def of(cls, dataset: Dataset) -> RowTally:
@@ -42,13 +43,23 @@ class RowTally:
             tally.rto += rto
             tally.mle += len(masks) - rto
         tally.ordinary = len(dataset) - tally.mle - tally.rto
+        if "branch_starts" in dataset.column_names:
+            tally.branches = sum(map(_count_branches, _batches(dataset, "branch_starts")))
         return tally
+
+
+def _batches(dataset: Dataset, *names: str) -> Iterator[Any]:
+    return dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000)
+
+
+def _count_branches(batch: Any) -> int:
+    starts = pc.list_flatten(batch["branch_starts"])
+    return pc.sum(pc.greater(starts, 0)).as_py() or 0
 
 
 def _safety_rows(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
     """`labels` and `rto_mask` of the rows that DeRTa made, in batches; ordinary rows have no mask."""
-    columns = dataset.select_columns(["labels", "rto_mask"]).with_format("arrow")
-    for batch in columns.iter(batch_size=1000):
+    for batch in _batches(dataset, "labels", "rto_mask"):
         ours = batch.filter(pc.is_valid(batch["rto_mask"])).combine_chunks()
         yield tuple(pc.cast(ours[name], ours[name].type).combine_chunks() for name in ("labels", "rto_mask"))
 
@@ -92,7 +103,10 @@ class AxolotlDeRTaTrainer(DeRTaLossMixin, AxolotlTrainer):
         if eval_dataset is not None:
             tallies["evaluation"] = RowTally.of(eval_dataset)
         for name, tally in tallies.items():
-            logger.info("DeRTa's %s rows: %d ordinary, %d MLE, %d RTO", name, tally.ordinary, tally.mle, tally.rto)
+            folded = f", {tally.branches} MLE folded into those" if tally.branches else ""
+            logger.info(
+                "DeRTa's %s rows: %d ordinary, %d MLE, %d RTO%s", name, tally.ordinary, tally.mle, tally.rto, folded
+            )
         targets = sorted(set().union(*(tally.targets for tally in tallies.values())))
         if len(targets) > 1:
             raise ValueError(
@@ -117,9 +131,9 @@ class AxolotlDeRTaTrainer(DeRTaLossMixin, AxolotlTrainer):
 
     def _check_fused_divides(self, model: Any, inputs: dict[str, Any]) -> None:
         """Once a run: a fused loss must divide by what it is given, and not by the targets of its micro-batch."""
-        losses = []
+        given, losses = self._with_masks(self._laid_out(inputs)), []
+        del given["rto_mask"]
         for divisor in (1.0, 2.0):
-            given = {name: value for name, value in inputs.items() if name != "rto_mask"}
             divisor = torch.tensor(divisor, device=inputs["labels"].device)
             with torch.no_grad(), torch.random.fork_rng():  # the same dropout twice, and none taken from the run
                 outputs = model(**given, num_items_in_batch=divisor)

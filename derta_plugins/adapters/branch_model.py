@@ -28,6 +28,8 @@ _FOREIGN = ("softcap", "s_aux", "position_bias", "indices")
 
 def why_not(config: PreTrainedConfig) -> str:
     """One sentence on why a causal model of `config` cannot train branch rows; empty if it can."""
+    if not isinstance(config, PreTrainedConfig):
+        return "transformers does not know it."
     name = config.model_type
     if config.is_encoder_decoder or config.get_text_config() is not config:
         return f"{name} is no plain causal language model."
@@ -166,4 +168,4 @@ def _segments_forward(
         raise ConfigError(f"{type(module).__name__} attends with {given}, which segments cannot: set layout='rows'.")
     window = kwargs.get("sliding_window")
     options = {"scaling": scaling, "sliding_window": window, "dropout": dropout}
-    return segment_attention(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
+    return segment_attention(query, key, value, attention_mask, **options), None

@@ -14,9 +14,11 @@ from functools import partial
 from typing import Any
 
 from llamafactory.extras.env import VERSION
+from llamafactory.model import load_config
 from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
+from derta_plugins.adapters.branch_batch import layout_for
 from derta_plugins.adapters.llamafactory_args import STAGE, DeRTaFinetuningArguments
 from derta_plugins.adapters.llamafactory_data import get_dataset
 from derta_plugins.adapters.llamafactory_patch import HOST, NEWEST_TESTED, OLDEST_TESTED, replaced
@@ -55,9 +57,9 @@ class LLaMAFactoryDeRTaTrainer(DeRTaLossMixin, CustomSeq2SeqTrainer):
 
     host_version = f"LLaMA-Factory {VERSION}"
 
-    def __init__(self, *, args: Any, finetuning_args: DeRTaFinetuningArguments, **kwargs: Any) -> None:
-        self._start_derta(config_of(finetuning_args, args))
-        super().__init__(args=args, finetuning_args=finetuning_args, **kwargs)
+    def __init__(self, *, model: Any, args: Any, finetuning_args: DeRTaFinetuningArguments, **kwargs: Any) -> None:
+        self._start_derta(layout_for(config_of(finetuning_args, args), model.config))
+        super().__init__(model=model, args=args, finetuning_args=finetuning_args, **kwargs)
         self._finish_derta()
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
@@ -88,9 +90,12 @@ def run_derta(
         value = getattr(arguments[group], key)
         if (value or None) != (wanted or None):
             raise ConfigError(f"`{key}` must be {wanted} with `stage: derta`, got {value!r}: {why}.")
+    config = config_of(finetuning_args, training_args)
+    if config.layout == "branch":
+        config = layout_for(config, load_config(model_args))
     replacements = {
         "CustomSeq2SeqTrainer": LLaMAFactoryDeRTaTrainer,
-        "get_dataset": partial(get_dataset, config=config_of(finetuning_args, training_args)),
+        "get_dataset": partial(get_dataset, config=config),
     }
     with _named_stage(finetuning_args), replaced(workflow, **replacements):
         workflow.run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)

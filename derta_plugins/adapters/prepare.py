@@ -60,8 +60,8 @@ class RowCounts:
     What a training set was made of.
 
     `branch_rows` are sequences that hold several of the MLE and RTO rows (`layout="branch"`). `truncated_rows` lost
-    tokens to `max_length`; `limited_prefixes` are MLE rows whose k could not reach the whole harmful response because of
-    it; `skipped` counts the left-out records by field and reason.
+    tokens to `max_length`; `limited_prefixes` are MLE rows whose k could not reach the whole harmful response because
+    of it; `skipped` counts the left-out records by field and reason.
     """
 
     triples: int = 0

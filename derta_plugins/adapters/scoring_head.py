@@ -65,7 +65,8 @@ class ScoringHead:
         places = (self._targets != IGNORE_INDEX).to(hidden.device)
         targets, weights = (of[places.to(of.device)].to(hidden.device) for of in (self._targets, self._token_weights))
         self._found = self._score(hidden[places], targets, weights)
-        self._returned = torch.cat([self._found.total[None], self._found.nll])[None, None]
+        # no view: FSDP2 wants to hook its outputs
+        self._returned = torch.cat([self._found.total[None], self._found.nll])[None, None].clone()
         return self._returned
 
     def _score(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> LinearNLL:

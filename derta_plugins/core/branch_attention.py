@@ -119,7 +119,7 @@ def segment_attention(
         dropout: Probability of dropping an attention weight.
 
     Returns:
-        (1, H, S, D).
+        (1, S, H, D), as the projection behind it wants it.
     """
     is_grouped = query.shape[1] != key.shape[1]
     outputs = []
@@ -142,7 +142,7 @@ def segment_attention(
                 enable_gqa=is_grouped,
             )
         )
-    return torch.cat(outputs, dim=2)
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of logits at a time. 128 is where a CPU is fastest (tests/benchmarks/head.py); on a GPU 1024 rows keep the matrix
+# Rows of logits at a time. 256 is where a CPU is fastest (tests/benchmarks/head.py); on a GPU 1024 rows keep the matrix
 # products large, and are 0.5 GB of float32 logits at a vocabulary of 128 K.
-CPU_CHUNK_SIZE, GPU_CHUNK_SIZE = 128, 1024
+CPU_CHUNK_SIZE, GPU_CHUNK_SIZE = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class _LinearNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total, *_):
-        grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        grads = ctx.saved_tensors
+        if grad_total != 1:  # as in most runs; the head's gradient is too large to be copied for nothing
+            grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads)
         return (*grads, None, None, None, None)
 
 
@@ -119,20 +121,21 @@ class _Chunks:
 
     def add(self, rows: slice, targets: Tensor, token_weights: Tensor, stats: bool) -> None:
         hidden, target = self._hidden[rows], targets[rows, None]
-        logits = torch.nn.functional.linear(hidden, self._weight, self._bias).to(self._dtype)
-        at_target = logits.gather(1, target)
+        scores = torch.nn.functional.linear(hidden, self._weight, self._bias).to(self._dtype)
+        at_target = scores.gather(1, target)
         if stats:
-            self.is_top1[rows] = logits.argmax(dim=1) == targets[rows]
-        log_sum = logits.logsumexp(dim=1, keepdim=True)
-        self.nll[rows] = (log_sum - at_target)[:, 0]
-        if not stats and all(grad is None for grad in (self.grad_hidden, self.grad_weight, self.grad_bias)):
-            return
+            self.is_top1[rows] = scores.argmax(dim=1) == targets[rows]
+        highest = scores.amax(dim=1, keepdim=True)
+        scores.sub_(highest)
+        shifted = scores.clone() if stats else None
+        total = scores.exp_().sum(dim=1, keepdim=True)
+        self.nll[rows] = (total.log() + highest - at_target)[:, 0]
         if stats:
-            mean_logit = ((logits - log_sum).exp() * logits).sum(dim=1)
-            self.entropy[rows] = log_sum[:, 0] - mean_logit
-        probabilities = logits.sub_(log_sum).exp_()
-        probabilities.scatter_add_(1, target, -torch.ones_like(at_target))
-        self._add_gradients(rows, hidden, probabilities.mul_(token_weights[rows, None].to(self._dtype)))
+            self.entropy[rows] = total.log()[:, 0] - (scores * shifted).sum(dim=1) / total[:, 0]
+        if any(grad is not None for grad in (self.grad_hidden, self.grad_weight, self.grad_bias)):
+            weights = token_weights[rows, None].to(self._dtype)
+            # weight times (softmax - one at the target), in the place of the scores
+            self._add_gradients(rows, hidden, scores.mul_(weights / total).scatter_add_(1, target, -weights))
 
     def _add_gradients(self, rows: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         if self.grad_bias is not None:

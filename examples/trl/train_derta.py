@@ -47,6 +47,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a rank that leaves while another still saves hangs now and then
         torch.distributed.destroy_process_group()
 
 

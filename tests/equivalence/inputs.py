@@ -16,8 +16,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STEPS, ROWS_PER_STEP = 20, 8
-HELPFUL, TRIPLES = 12, 10
-"""Rows: 12 + 2 * 10 = 32, so that 20 steps of 8 rows are five epochs, and the first step of each has no RTO."""
+HELPFUL, TRIPLES = 16, 8
+"""Rows: 16 + 2 * 8 = 32, and 16 + 8 = 24 in the branch layout: whole steps of 8, of which the first two have no RTO."""
 
 
 def make_inputs(folder: Path) -> str:

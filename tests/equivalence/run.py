@@ -1,5 +1,5 @@
 """
-Train 20 steps in one host, three ways to split a step, and write the losses: `python -m tests.equivalence.run trl DIR`.
+Train 20 steps in one host, in several ways, and write the losses: `python -m tests.equivalence.run trl DIR`.
 
 Run it in each host's environment with the same DIR; `test_equivalence.py` compares what lies there. Every run is the
 host's own command in a process of its own: the TRL script of the examples, `axolotl train`, `llamafactory-cli train`.
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,32 @@ import yaml
 from tests.equivalence.inputs import ROWS_PER_STEP, STEPS, code_digest, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = {  # name: (processes, micro-batches of a step)
-    "1 process": (1, 1),
-    "accumulation 4": (1, 4),
-    "2 processes": (2, 1),
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is split, and what its rows look like."""
+
+    processes: int = 1
+    accumulation: int = 1
+    fsdp: bool = False
+    layout: str = "rows"
+
+    @property
+    def batch(self) -> int:
+        """Rows of a micro-batch."""
+        return ROWS_PER_STEP // (self.processes * self.accumulation)
+
+
+WAYS = {
+    "1 process": Way(),
+    "accumulation 4": Way(accumulation=4),
+    "2 processes": Way(processes=2),
+    "FSDP2": Way(processes=2, fsdp=True),
+    "branch": Way(layout="branch"),
+    "branch FSDP2": Way(processes=2, fsdp=True, layout="branch"),
 }
+FSDP_CONFIG = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
 SEED, LEARNING_RATE, WARMUP_STEPS, MAX_LENGTH = 3, 5e-3, 2, 96
 REFUSAL_TEXT = "Sorry"
 
@@ -40,11 +62,12 @@ def main() -> None:
     work.mkdir(parents=True)
     digest = make_inputs(work)
     losses = {}
-    for name, (processes, accumulation) in LAYOUTS.items():
+    for name, way in WAYS.items():
         print(f"{host}: {name}", flush=True)
         output = work / name.replace(" ", "-")
-        batch = ROWS_PER_STEP // (processes * accumulation)
-        command, environment = HOSTS[host](work, output, processes, batch, accumulation)
+        command, environment = HOSTS[host](work, output, way)
+        if way.fsdp:
+            environment = {**environment, **_fsdp_environment(output)}
         run = subprocess.run(
             command,
             cwd=work,
@@ -56,6 +79,8 @@ def main() -> None:
         if run.returncode:
             sys.exit(f"{' '.join(map(str, command))} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
         losses[name] = step_losses(output)
+        if way.fsdp and (output / "sharded").read_text(encoding="utf-8") != "DTensor":
+            sys.exit(f"{name} did not shard the model of {host}")
     result = {"version": version(host), "inputs": digest, "code": code_digest(), "losses": losses}
     (folder / f"{host}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
@@ -75,14 +100,15 @@ def step_losses(output: Path) -> list[dict[str, float]]:
     return steps
 
 
-def _trl(work: Path, output: Path, processes: int, batch: int, accumulation: int) -> tuple[list[Any], dict[str, str]]:
+def _trl(work: Path, output: Path, way: Way) -> tuple[list[Any], dict[str, str]]:
     conversations = [json.loads(line)["messages"] for line in (work / "helpful.jsonl").read_text().splitlines()]
     pairs = [{"prompt": messages[:1], "completion": messages[1:]} for messages in conversations]
     (work / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     config = _write_yaml(
         work / "trl.yaml",
         {
-            **_trainer_arguments(output, processes, batch, accumulation),
+            **_trainer_arguments(output, way),
+            "layout": way.layout,
             "model_name_or_path": str(work / "model"),
             "helpful": str(work / "pairs.jsonl"),
             "safety": str(work / "triples.jsonl"),
@@ -94,19 +120,19 @@ def _trl(work: Path, output: Path, processes: int, batch: int, accumulation: int
         },
     )
     script = [str(ROOT / "examples" / "trl" / "train_derta.py"), "--config", str(config)]
-    if processes == 1:
+    if way.processes == 1:
         return [sys.executable, *script], {}
-    return [*_torchrun(processes), *script], {}
+    return [*_torchrun(way.processes), *script], {}
 
 
-def _axolotl(work: Path, output: Path, processes: int, batch: int, accumulation: int) -> tuple[list[Any], dict]:
-    arguments = _trainer_arguments(output, processes, batch, accumulation)
+def _axolotl(work: Path, output: Path, way: Way) -> tuple[list[Any], dict]:
+    arguments = _trainer_arguments(output, way)
     config = _write_yaml(
         work / "axolotl.yml",
         {
             "base_model": str(work / "model"),
             "plugins": ["derta_plugins.adapters.axolotl.DeRTaPlugin", "tests.adapters.axolotl_on_cpu.KeepOnCPU"],
-            "derta": {"refusal_text": REFUSAL_TEXT},
+            "derta": {"refusal_text": REFUSAL_TEXT, "layout": way.layout},
             "datasets": [
                 {"path": str(work / "helpful.jsonl"), "ds_type": "json", "type": "chat_template"},
                 {"path": str(work / "triples.jsonl"), "ds_type": "json", "type": "derta_plugins.adapters.axolotl"},
@@ -117,8 +143,8 @@ def _axolotl(work: Path, output: Path, processes: int, batch: int, accumulation:
             "val_set_size": 0.0,
             "sequence_len": MAX_LENGTH,
             "pad_to_sequence_len": False,
-            "micro_batch_size": batch,
-            "gradient_accumulation_steps": accumulation,
+            "micro_batch_size": way.batch,
+            "gradient_accumulation_steps": way.accumulation,
             "num_epochs": 100,
             "max_steps": STEPS,
             "optimizer": "adamw_torch",
@@ -134,15 +160,16 @@ def _axolotl(work: Path, output: Path, processes: int, batch: int, accumulation:
             "save_safetensors": True,
             "save_steps": STEPS,
             **{name: arguments[name] for name in ("output_dir", "logging_steps", "seed")},
+            **(_AXOLOTL_FSDP if way.fsdp else {}),
         },
     )
-    if processes == 1:
+    if way.processes == 1:
         return [_script("axolotl"), "train", str(config), "--launcher", "python"], {}
-    launcher = ["--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launcher = ["--nproc_per_node", str(way.processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return [_script("axolotl"), "train", str(config), "--launcher", "torchrun", "--", *launcher], {}
 
 
-def _llamafactory(work: Path, output: Path, processes: int, batch: int, accumulation: int) -> tuple[list[Any], dict]:
+def _llamafactory(work: Path, output: Path, way: Way) -> tuple[list[Any], dict]:
     datasets = {
         "helpful": {
             "file_name": "helpful.jsonl",
@@ -160,8 +187,9 @@ def _llamafactory(work: Path, output: Path, processes: int, batch: int, accumula
     config = _write_yaml(
         work / "llamafactory.yaml",
         {
-            **_trainer_arguments(output, processes, batch, accumulation),
+            **_trainer_arguments(output, way),
             "stage": "derta",
+            "derta_layout": way.layout,
             "do_train": True,
             "finetuning_type": "full",
             "model_name_or_path": str(work / "model"),
@@ -173,7 +201,7 @@ def _llamafactory(work: Path, output: Path, processes: int, batch: int, accumula
             "disable_gradient_checkpointing": True,
         },
     )
-    several = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)} if processes > 1 else {}
+    several = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(way.processes)} if way.processes > 1 else {}
     return [_script("llamafactory-cli"), "train", str(config)], several
 
 
@@ -181,6 +209,15 @@ HOSTS: dict[str, Callable[..., tuple[list[Any], dict[str, str]]]] = {
     "trl": _trl,
     "axolotl": _axolotl,
     "llamafactory": _llamafactory,
+}
+_AXOLOTL_FSDP = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+    },
 }
 _ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -192,12 +229,23 @@ _ENVIRONMENT = {
 }
 
 
-def _trainer_arguments(output: Path, processes: int, batch: int, accumulation: int) -> dict[str, Any]:
+def _fsdp_environment(output: Path) -> dict[str, str]:
+    """What `accelerate launch` sets for FSDP2, what has it run on a CPU, and where a run says that it shards."""
+    on_cpu = ROOT / "tests" / "data" / "fsdp_on_cpu"
+    return {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "PYTHONPATH": os.pathsep.join(map(str, (on_cpu, ROOT))),
+        "DERTA_TEST_SHARDED": str(output / "sharded"),
+    }
+
+
+def _trainer_arguments(output: Path, way: Way) -> dict[str, Any]:
     """What `transformers.TrainingArguments` are told, in hosts that pass them on under their own names."""
     return {
         "output_dir": str(output),
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": way.batch,
+        "gradient_accumulation_steps": way.accumulation,
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "linear",
@@ -211,7 +259,8 @@ def _trainer_arguments(output: Path, processes: int, batch: int, accumulation: i
         "report_to": "none",
         "disable_tqdm": True,
         "seed": SEED,
-        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **({"ddp_backend": "gloo"} if way.processes > 1 else {}),
+        **({"fsdp": "full_shard", "fsdp_config": FSDP_CONFIG} if way.fsdp else {}),
     }
 
 
