@@ -164,7 +164,10 @@ def _segments_forward(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if given := [name for name in _FOREIGN if kwargs.get(name) is not None] or kwargs.get("is_causal") is False:
+    given = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if kwargs.get("is_causal") is False:
+        given.append("is_causal")
+    if given:
         raise ConfigError(f"{type(module).__name__} attends with {given}, which segments cannot: set layout='rows'.")
     window = kwargs.get("sliding_window")
     options = {"scaling": scaling, "sliding_window": window, "dropout": dropout}

@@ -33,13 +33,14 @@ from derta_plugins.adapters.llamafactory_registry import (
 )
 from derta_plugins.adapters.llamafactory_saved import SavedRows
 from derta_plugins.adapters.llamafactory_template import TemplateTokenizer
-from derta_plugins.adapters.prepare import STREAM_PEEK, RowCounts, count_rows
+from derta_plugins.adapters.prepare import RowCounts, count_first_ids, count_rows
 from derta_plugins.adapters.row_datasets import (
     CODE_DIGEST,
     ROW_COUNTS,
     TOKENIZED,
     BuildRows,
     TokenizeRecord,
+    arrow_batches,
     columns_of,
     is_streaming,
     map_tokenized,
@@ -142,12 +143,11 @@ class _Datasets:
         tokenized = map_tokenized(dataset, tokenize, skipped=skipped, **self._map_options)
         for reason, count in skipped.most_common():
             logger.warning_rank0("DeRTa skipped %d records of %s: %s", count, name, reason)
-        peek = tokenized.take(STREAM_PEEK) if is_streaming(tokenized) else tokenized.select_columns(TOKENIZED)
-        firsts = [(record[TOKENIZED]["chosen_ids"][0], record[TOKENIZED]["rejected_ids"][0]) for record in peek]
-        if not firsts:
+        firsts = count_first_ids(tokenized)
+        if not firsts[0]:
             raise ValueError(f"No safety record is left of dataset `{name}`. Mend the records, or leave it out.")
         if name in self._train_names or not self._train_names:
-            for counter, ids in zip(self._first_ids, zip(*firsts, strict=True), strict=True):
+            for counter, ids in zip(self._first_ids, firsts, strict=True):
                 counter.update(ids)
         return tokenized
 
@@ -228,6 +228,6 @@ def _say_counts(dataset: Dataset, rows: Dataset, name: str) -> None:
     counts = RowCounts()
     safety_rows = count_rows(rows, counts)
     if "index" in dataset.column_names:
-        counts.triples = sum(index is not None for index in dataset["index"][:])
+        counts.triples = sum(len(batch) - batch["index"].null_count for batch in arrow_batches(dataset, "index"))
     counts.helpful_rows = len(rows) - safety_rows
     logger.info_rank0("DeRTa rows (%s): %s", name, counts)

@@ -7,24 +7,30 @@ The host says how it tokenises an ordinary group (`host_rows`); everything else 
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from derta_plugins.adapters.row_datasets import (
     INDEX,
     ROW_COUNTS,
     TOKENIZED,
+    TOKENIZED_FEATURES,
     BuildRows,
     ResampledRows,
+    arrow_batches,
     as_row_stream,
     as_rows,
     build_dataset,
     columns_of,
     concatenate,
+    count_values,
     is_streaming,
     tokenize_records,
 )
@@ -182,31 +188,54 @@ def split_by_format(
         record_kind(first := next(iter(dataset)))
         return {present_columns(first): dataset}
     known = [name for name in columns if name in KNOWN_COLUMNS]
-    places: dict[frozenset[str], list[int]] = {}
-    for index, record in enumerate(dataset.select_columns(known)):
-        try:
-            record_kind(record)
-            _check_not_half_lost(record, columns)
-        except BadRecordError as error:
-            _skip_or_raise(error.at(index), config, skipped)
+
+    @cache
+    def fault_of(present: frozenset[str]) -> BadRecordError | None:
+        return _fault({name: name if name in present else None for name in known}, columns)
+
+    places: dict[frozenset[str], array[int]] = {}
+    for index, present in enumerate(_present_in_each(dataset.select_columns(known))):
+        if fault := fault_of(present):
+            _skip_or_raise(fault.at(index), config, skipped)
         else:
-            places.setdefault(present_columns(record), []).append(index)
+            places.setdefault(present, array("q")).append(index)
+    foreign = {present: [name for name in known if name not in present] for present in places}
+    if [len(indices) for indices in places.values()] == [len(dataset)]:
+        # left as it lies on disk, where a selection would be written again, and a column kept in memory
+        return {present: dataset.remove_columns(names) for present, names in foreign.items()}
     return {
-        format_columns: dataset.select(indices)
-        .remove_columns([name for name in known if name not in format_columns])
-        .add_column(INDEX, indices)
-        for format_columns, indices in places.items()
+        present: dataset.select(indices).remove_columns(foreign[present]).add_column(INDEX, indices)
+        for present, indices in places.items()
     }
 
 
+def _present_in_each(dataset: Dataset) -> Iterator[frozenset[str]]:
+    """`present_columns` of each record of a dataset that has known columns alone."""
+    for batch in dataset.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield frozenset(name for name, value in zip(batch, values, strict=True) if value is not None)
+
+
+def count_first_ids(tokenized: AnyDataset) -> tuple[Counter[int], Counter[int]]:
+    """First tokens of the safe and of the harmful responses of triples (of a stream: of its first 1000 records)."""
+    if is_streaming(tokenized):
+        records = list(tokenized.take(STREAM_PEEK))
+        if not records:
+            raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")
+        tokenized = Dataset.from_list(records, features=TOKENIZED_FEATURES)
+    counts: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
+    for batch in arrow_batches(tokenized, TOKENIZED):
+        records = batch[TOKENIZED]
+        triples = records.filter(pc.invert(pc.struct_field(records, "is_authors_row")))
+        for count, name in zip(counts, ("chosen_ids", "rejected_ids"), strict=True):
+            ids = pc.struct_field(triples, name)
+            count.update(count_values(pc.list_element(ids.filter(pc.greater(pc.list_value_length(ids), 0)), 0)))
+    return counts
+
+
 def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
-    """The RTO target for these records (of a stream: by its first 1000 records)."""
-    peek = tokenized.take(STREAM_PEEK) if is_streaming(tokenized) else tokenized
-    triples = [record[TOKENIZED] for record in peek if not record[TOKENIZED]["is_authors_row"]]
-    firsts = [Counter(triple[name][0] for triple in triples if triple[name]) for name in ("chosen_ids", "rejected_ids")]
-    if is_streaming(tokenized) and next(iter(peek), None) is None:
-        raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")
-    token = resolve_target(tokenizer, config, *firsts)
+    """The RTO target for these records."""
+    token = resolve_target(tokenizer, config, *count_first_ids(tokenized))
     warn_if_unfit(token)
     return token
 
@@ -303,9 +332,11 @@ def _interleave(how: Preparation, ordinary: list[AnyDataset], safety: AnyDataset
     """Both kinds in one stream, drawn with the seed; the shorter one starts again until both are through."""
     if not ordinary:
         return as_row_stream(safety, how.config)
-    share = how.safety_probability
+    share, parts = how.safety_probability, [_join(ordinary, how.config), safety]
+    # as many shards as the stream has, or ranks and loader workers could not be given shards of their own
+    shards = max(part.num_shards for part in parts if is_streaming(part))
     return interleave_datasets(
-        [as_row_stream(_join(ordinary, how.config), how.config), as_row_stream(safety, how.config)],
+        [as_row_stream(part, how.config, num_shards=shards) for part in parts],
         probabilities=[1 - share, share],
         seed=how.config.seed,
         stopping_strategy="all_exhausted",
@@ -314,13 +345,20 @@ def _interleave(how: Preparation, ordinary: list[AnyDataset], safety: AnyDataset
 
 def count_rows(rows: Dataset, counts: RowCounts) -> int:
     """Add the rows of triples to `counts`, warn if `max_length` limits their prefixes, return how many they are."""
-    mle_rows, rto_rows, truncated, limited = (rows[name][:] for name in ROW_COUNTS)
-    counts.mle_rows += sum(mle_rows)
-    counts.rto_rows += sum(rto_rows)
-    counts.truncated_rows += sum(truncated)
-    counts.limited_prefixes += sum(limited)
-    held = [mle + rto for mle, rto in zip(mle_rows, rto_rows, strict=True)]
-    counts.branch_rows += sum(number > 1 for number in held)
+    total: Counter[str] = Counter()
+    for batch in arrow_batches(rows, *ROW_COUNTS):
+        held = pc.add(batch["mle_rows"], batch["rto_rows"])
+        numbers = {
+            **{name: batch[name] for name in ROW_COUNTS},
+            "ours": pc.greater(held, 0),
+            "held": pc.greater(held, 1),
+        }
+        total.update({name: pc.sum(values).as_py() for name, values in numbers.items()})
+    counts.mle_rows += total["mle_rows"]
+    counts.rto_rows += total["rto_rows"]
+    counts.truncated_rows += total["truncated_rows"]
+    counts.limited_prefixes += total["limited_rows"]
+    counts.branch_rows += total["held"]
     if counts.limited_prefixes:
         logger.warning(
             "max_length keeps the harmful prefix of %d of %d MLE rows short: refusals deep in an answer are trained "
@@ -328,7 +366,7 @@ def count_rows(rows: Dataset, counts: RowCounts) -> int:
             counts.limited_prefixes,
             counts.mle_rows,
         )
-    return sum(number > 0 for number in held)
+    return total["ours"]
 
 
 def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[str]) -> None:
@@ -337,10 +375,15 @@ def _skip_or_raise(error: BadRecordError, config: DeRTaConfig, skipped: Counter[
     skipped[f"`{error.field}` {error.reason}"] += 1
 
 
-def _check_not_half_lost(record: Mapping[str, Any], columns: list[str]) -> None:
-    """Refuses a row of the authors' file that lost its `prefix` and `safe`, and so looks like ordinary text."""
+def _fault(record: Mapping[str, Any], columns: list[str]) -> BadRecordError | None:
+    """What is wrong with a record by its columns; a row of the authors' file that lost two looks like ordinary text."""
+    try:
+        record_kind(record)
+    except BadRecordError as error:
+        return error
     if present_columns(record) == {"text"} and {"prefix", "safe"} & set(columns):
-        raise BadRecordError("safe", "is null, and so is `prefix`; give ordinary text as a dataset of its own.")
+        return BadRecordError("safe", "is null, and so is `prefix`; give ordinary text as a dataset of its own.")
+    return None
 
 
 def _check_ordinary(record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
@@ -76,6 +79,16 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
+def arrow_batches(dataset: Dataset, *columns: str) -> Iterator[Any]:
+    """Columns as Arrow tables of a thousand rows: what is counted over these needs no memory per row."""
+    return dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000)
+
+
+def count_values(values: Any) -> Counter[Any]:
+    """How often each value is in an Arrow array."""
+    return Counter({item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist()})
+
+
 def tokenize_records(
     dataset: Dataset | IterableDataset,
     tokenizer: Any,
@@ -92,6 +105,8 @@ def tokenize_records(
         BadRecordError: If a record is bad and `on_bad_record` is `error`.
     """
     tokenize = TokenizeRecord(RecordTokenizer.for_config(tokenizer, config), config, max_length)
+    if is_streaming(dataset):
+        tokenize = replace(tokenize, draws_by_content=True)
     return map_tokenized(dataset, tokenize, skipped=skipped, num_proc=num_proc)
 
 
@@ -117,9 +132,13 @@ def map_tokenized(
         desc="Tokenizing safety records",
         **options,
     )
-    reasons = tokenized["skipped"][:]
-    skipped.update(reason for reason in reasons if reason)
-    return tokenized.select([place for place, reason in enumerate(reasons) if not reason])
+    reasons: Counter[str] = Counter()
+    for batch in arrow_batches(tokenized, "skipped"):
+        reasons.update(count_values(batch["skipped"]))
+    del reasons[""]
+    skipped.update(reasons)
+    # what is filtered is read through a table of places, row by row
+    return tokenized.filter(operator.not_, input_columns="skipped", **options) if reasons else tokenized
 
 
 def build_dataset(
@@ -184,12 +203,12 @@ class ResampledRows(torch.utils.data.Dataset):
     def __init__(self, ordinary: Dataset | None, tokenized: Dataset, build: BuildRows) -> None:
         self._ordinary, self._tokenized, self._build = ordinary, tokenized, build
         self._num_ordinary = 0 if ordinary is None else len(ordinary)
-        self._num_rows = [self._rows_of(place) for place in range(len(tokenized))]
-        self._slots = [(place, slot) for place, count in enumerate(self._num_rows) for slot in range(count)]
+        # where the rows of each record begin, and the end: 8 bytes a record, as there may be many
+        self._starts = np.zeros(len(tokenized) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(self._rows_of, tokenized), np.int64, len(tokenized)), out=self._starts[1:])
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def _rows_of(self, place: int) -> int:
-        record = self._tokenized[place]
+    def _rows_of(self, record: Mapping[str, Any]) -> int:
         if record[TOKENIZED]["is_authors_row"]:
             return 1
         if self._build.config.transform is not None or self._build.config.layout == "branch":
@@ -201,23 +220,27 @@ class ResampledRows(torch.utils.data.Dataset):
         self._epoch[0] = epoch
 
     def __len__(self) -> int:
-        return self._num_ordinary + len(self._slots)
+        return self._num_ordinary + int(self._starts[-1])
 
     def __getitem__(self, place: int) -> dict[str, list[int]]:
         if place < 0:
             place += len(self)
         if place < self._num_ordinary:
             return self._ordinary[place]
-        record_place, slot = self._slots[place - self._num_ordinary]
+        if place >= len(self):
+            raise IndexError(f"Row {place} was asked for, of {len(self)}.")
+        place -= self._num_ordinary
+        record_place = int(np.searchsorted(self._starts, place, side="right")) - 1
+        start, end = map(int, self._starts[record_place : record_place + 2])
         record = self._tokenized[record_place]
         rows = self._build.rows(record[TOKENIZED], record["index"], int(self._epoch))
-        if len(rows) != self._num_rows[record_place]:
+        if len(rows) != end - start:
             raise PluginError(
                 f"The transform {self._build.config.transform!r} must give a record as many rows in every epoch, gave "
-                f"record {record['index']} {self._num_rows[record_place]} in epoch 0 and {len(rows)} in epoch "
+                f"record {record['index']} {end - start} in epoch 0 and {len(rows)} in epoch "
                 f"{int(self._epoch)}. Leave `resample_each_epoch` out."
             )
-        columns = self._build.columns([rows[slot]])
+        columns = self._build.columns([rows[place - start]])
         return {name: columns[name][0] for name in row_features(self._build.config)}
 
 
@@ -229,9 +252,11 @@ def as_rows(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> Dataset 
     return dataset.map(_complete_row, fn_kwargs={"is_branch": is_branch}).select_columns(list(row_features(config)))
 
 
-def as_row_stream(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> IterableDataset:
-    """Rows as a stream with the row columns alone."""
-    stream = dataset if is_streaming(dataset) else dataset.to_iterable_dataset()
+def as_row_stream(dataset: Dataset | IterableDataset, config: DeRTaConfig, *, num_shards: int = 1) -> IterableDataset:
+    """Rows as a stream with the row columns alone; rows in memory are cut into `num_shards`, in their order."""
+    if not is_streaming(dataset):
+        num_shards = max(1, min(num_shards, len(dataset)))
+    stream = dataset if is_streaming(dataset) else dataset.to_iterable_dataset(num_shards=num_shards)
     features = row_features(config)
     return stream.select_columns(list(features)).cast(features)
 
@@ -239,7 +264,9 @@ def as_row_stream(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> It
 def concatenate(parts: list[Dataset], config: DeRTaConfig) -> Dataset:
     """One dataset of rows; their integer widths are made one, as hosts differ in them."""
     features = row_features(config)
-    return concatenate_datasets([part.select_columns(list(features)).cast(features) for part in parts])
+    parts = [part.select_columns(list(features)) for part in parts]
+    # a cast writes all rows again, even where it changes nothing
+    return concatenate_datasets([part if part.features == features else part.cast(features) for part in parts])
 
 
 class TripleTokenizer(Protocol):
@@ -261,6 +288,8 @@ class TokenizeRecord:
         max_length: Longest row, or None.
         read: Parses a record, for hosts with record formats of their own.
         code: Digest of the sources.
+        draws_by_content: Draw by a key of the record's tokens, and not by its index: in a stream of several shards the
+            index begins anew in every rank and loader worker.
 
     Raises:
         BadRecordError: When called, if the record is bad and `on_bad_record` is `error`.
@@ -271,6 +300,7 @@ class TokenizeRecord:
     max_length: int | None
     read: Callable[[Mapping[str, Any]], Triple | AuthorsRow | None] = parse_record
     code: str = CODE_DIGEST
+    draws_by_content: bool = False
     transform: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -280,14 +310,17 @@ class TokenizeRecord:
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         index = record.get(INDEX, index)
         try:
-            tokenized, reason = self._tokenize(record, index), ""
+            tokenized = self._tokenize(record)
+            draw = _content_key(tokenized) if self.draws_by_content else index
+            # what cannot be built is told here, where bad records are counted; id 0 stands for any refusal token
+            _build(tokenized, self.config, index=draw, epoch=0, refusal_token_id=0, max_length=self.max_length)
         except BadRecordError as error:
             if self.config.on_bad_record == "error":
                 raise error.at(index) from error
-            tokenized, reason = _EMPTY, f"`{error.field}` {error.reason}"
-        return {TOKENIZED: tokenized, "index": index, "skipped": reason}
+            return {TOKENIZED: _EMPTY, "index": index, "skipped": f"`{error.field}` {error.reason}"}
+        return {TOKENIZED: tokenized, "index": draw, "skipped": ""}
 
-    def _tokenize(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
+    def _tokenize(self, record: Mapping[str, Any]) -> dict[str, Any]:
         parsed = self.read(record)
         if parsed is None:
             raise BadRecordError(
@@ -301,8 +334,6 @@ class TokenizeRecord:
             tokenized["is_authors_rto"] = row.is_rto
             if not row.is_rto:
                 tokenized["chosen_ids"], tokenized["rejected_ids"] = row.text_ids, ()
-        # what cannot be built is told here, where bad records are counted; id 0 stands for any refusal token
-        _build(tokenized, self.config, index=index, epoch=0, refusal_token_id=0, max_length=self.max_length)
         return tokenized
 
 
@@ -316,6 +347,12 @@ _EMPTY: dict[str, Any] = {
     "is_authors_row": False,
     "is_authors_rto": False,
 }
+
+
+def _content_key(tokenized: Mapping[str, Any]) -> int:
+    """A number of 56 bits, the same wherever the record stands."""
+    sides = [list(tokenized[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    return int.from_bytes(hashlib.sha256(repr(sides).encode()).digest()[:7], "big")
 
 
 def _build(tokenized: Mapping[str, Any], config: DeRTaConfig, **options: Any) -> list[Row]:

@@ -1,0 +1,148 @@
+"""Targets scored in a model's head: the loss and gradients of full logits, for any head, and nothing left behind."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
+
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, scoring
+from derta_plugins.core.constants import IGNORE_INDEX
+from tests.adapters.tiny_models import SIZE, VOCABULARY, all_in_float64, tiny_model
+
+
+def make_batch(targets_left: int = 9):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, VOCABULARY, (2, 8), generator=generator)
+    targets = torch.randint(6, VOCABULARY, (2, 8), generator=generator)
+    drop = torch.randperm(16, generator=generator)[targets_left:]
+    targets.view(-1)[drop] = IGNORE_INDEX
+    return ids, targets, torch.rand(2, 8, generator=generator, dtype=torch.float64)
+
+
+def loss_of_logits(model, ids, targets, token_weights):
+    logits = model(input_ids=ids).logits
+    options = {"ignore_index": IGNORE_INDEX, "reduction": "none"}
+    nll = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), **options)
+    return (nll.view(targets.shape) * token_weights).sum(), nll.view(targets.shape).detach(), logits.detach()
+
+
+def loss_of_head(model, ids, targets, token_weights, **options):
+    with scoring(model, targets, token_weights, **options) as head:
+        return head.read(model(input_ids=ids))
+
+
+def with_lora(model, **options):
+    model = get_peft_model(model, LoraConfig(r=2, **options)).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+MODELS = {
+    "llama": lambda: tiny_model("llama"),
+    "qwen2": lambda: tiny_model("qwen2"),
+    "gemma3, tied": lambda: tiny_model("gemma3"),
+    "a bias": lambda: biased(tiny_model("llama")),
+    "LoRA": lambda: with_lora(tiny_model("llama"), target_modules=["q_proj"]),
+    "LoRA on the head": lambda: with_lora(tiny_model("llama"), target_modules=["lm_head", "q_proj"]),
+    "a copy of the head": lambda: with_lora(
+        tiny_model("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"]
+    ),
+    "checkpointing": lambda: checkpointed(tiny_model("llama")),
+}
+
+
+def biased(model):
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, dtype=torch.float64))
+    return model
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@pytest.mark.parametrize("targets_left", [9, 1, 0])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_logits(name, targets_left):
+    model = MODELS[name]()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batch = make_batch(targets_left)
+    with all_in_float64():
+        expected, nll, logits = loss_of_logits(model, *batch)
+        found = loss_of_head(model, *batch, stats=True)
+        wanted = torch.autograd.grad(expected, parameters)
+        gradients = torch.autograd.grad(found.total, parameters)  # also without a target: zeros, for every parameter
+    torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.nll, nll, rtol=1e-12, atol=1e-12)
+    scale = max(1.0, *(gradient.abs().max().item() for gradient in wanted))
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * scale)
+    is_target = batch[1] != IGNORE_INDEX
+    entropy = torch.distributions.Categorical(logits=logits).entropy() * is_target
+    torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-10)
+    assert torch.equal(found.is_top1, (logits.argmax(dim=-1) == batch[1]) & is_target)
+
+
+def test_the_vocabulary_meets_supervised_positions_alone():
+    model, seen = tiny_model("llama"), []
+    linear = nn.functional.linear
+
+    def spy(hidden, weight, bias=None):
+        if weight.shape[0] == VOCABULARY:
+            seen.append(hidden.shape)
+        return linear(hidden, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", spy)
+        loss_of_head(model, *make_batch(5))
+    assert seen == [(5, SIZE["hidden_size"])]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_model("gemma2"),
+        lambda: AutoModelForCausalLM.from_config(GraniteConfig(**SIZE, logits_scaling=3.0)).double(),
+        lambda: AutoModelForCausalLM.from_config(CohereConfig(**SIZE, logit_scale=0.1)).double(),
+    ],
+    ids=["soft-cap", "logits scaled down", "logits scaled up"],
+)
+def test_a_model_that_changes_its_logits_is_noticed(make):
+    model = make()
+    with all_in_float64(), pytest.raises(HeadNotScorableError, match="changes its logits after the head"):
+        loss_of_head(model, *make_batch())
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_the_head_is_its_own_again_afterwards():
+    model = tiny_model("llama")
+    ids, targets, token_weights = make_batch()
+    before = model(input_ids=ids).logits
+    loss_of_head(model, ids, targets, token_weights)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    with pytest.raises(ZeroDivisionError), scoring(model, targets, token_weights):
+        raise ZeroDivisionError
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_misuse_is_refused():
+    model = tiny_model("llama")
+    ids, targets, token_weights = make_batch()
+    with scoring(model, targets, token_weights) as head:
+        assert not head.has_scored
+        with pytest.raises(HeadNotScorableError, match="did not ask its head"):
+            head.read(object())
+        with pytest.raises(HeadNotScorableError, match="another tool replaced"), scoring(model, targets, token_weights):
+            pass
+        model(input_ids=ids)
+        assert head.has_scored
+        with pytest.raises(HeadNotScorableError, match="called once"):
+            model(input_ids=ids)
+    with scoring(model, targets, token_weights), pytest.raises(HeadNotScorableError, match=r"got \(1, 8, 32\)"):
+        model(input_ids=ids[:1])
+    model.set_output_embeddings(None)
+    with pytest.raises(HeadNotScorableError, match="has no head"), scoring(model, targets, token_weights):
+        pass

@@ -1,0 +1,73 @@
+"""Tiny random models of several families in float64, with what transformers fixes to float32 left in float64."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+VOCABULARY = 60
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+BOTH = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZE),
+    "qwen2": Qwen2Config(**SIZE),
+    "qwen3": Qwen3Config(**SIZE),
+    "mistral": MistralConfig(**SIZE, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**SIZE, **BOTH),
+    "gemma2": Gemma2Config(**SIZE, **BOTH),
+}
+
+
+def tiny_model(family: str, *, attention: str = "eager", seed: int = 0):
+    """A random float64 model in training mode, whose logits depend on their context."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).double()
+    for parameter in model.parameters():  # the initial weights are so small that attention hardly matters
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
+    return model.train()
+
+
+@contextmanager
+def all_in_float64():
+    """
+    Make float32 mean float64 while a model runs: norms, rotary tables and softmax of transformers upcast to float32 by
+    name, which would be a downcast here.
+    """
+    to_float, cast, single = torch.Tensor.float, torch.Tensor.to, torch.float32
+    softmax = torch.nn.functional.softmax
+
+    def widened(tensor, *args, **kwargs):
+        args = tuple(torch.float64 if value is single else value for value in args)
+        kwargs = {name: torch.float64 if value is single else value for name, value in kwargs.items()}
+        return cast(tensor, *args, **kwargs)
+
+    def wide_softmax(*args, **kwargs):
+        kwargs = {name: torch.float64 if value is single else value for name, value in kwargs.items()}
+        return softmax(*args, **kwargs)
+
+    torch.Tensor.float, torch.Tensor.to, torch.nn.functional.softmax = torch.Tensor.double, widened, wide_softmax
+    try:
+        yield
+    finally:
+        torch.Tensor.float, torch.Tensor.to, torch.nn.functional.softmax = to_float, cast, softmax
