@@ -96,7 +96,7 @@ def row_branch_starts(row: Mapping[str, Any], layout: Layout) -> list[int]:
         ValueError: If the layout and the row do not fit together, or the row's columns differ in length.
     """
     length, starts = len(row["input_ids"]), row.get("branch_starts")
-    if layout == "branch" and "branch_starts" not in row and row["rto_mask"] is not None and any(row["rto_mask"]):
+    if layout == "branch" and starts is None and any(row["rto_mask"] or ()):
         raise ValueError(
             f"A row of the branch layout lost `branch_starts` before batching; it has {sorted(row)}. Without it a safe "
             "response would follow the whole harmful one."

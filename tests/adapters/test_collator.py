@@ -135,3 +135,54 @@ def test_columns_of_different_lengths_are_refused(name):
 def test_a_collator_whose_labels_do_not_fit_is_refused(collator, message):
     with pytest.raises(ValueError, match=message):
         RowCollator(collator)([row(4, {2, 3}), row(3, {1})])
+
+
+# --- the branch layout -----------------------------------------------------------------------------------------------
+
+
+def branch_row():
+    """Three trunk tokens, and two branches that leave after the second and the first of them."""
+    made = row(7, {2, 3})
+    return {**made, "branch_starts": [0, 0, 0, 2, 0, 1, 0]}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_branches_of_padded_rows(side):
+    batch = RowCollator(Pads(side), "branch")([branch_row(), row(4, mask=False)])
+    here = slice(0, 7) if side == "right" else slice(1, 8)
+    assert batch["position_ids"][0, here].tolist() == [0, 1, 2, 1, 2, 0, 1]
+    assert batch["branch_ids"][0, here].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    ordinary = [0, 1, 2, 3, 0, 1, 2, 3]  # four tokens and four of padding, each a sequence of its own
+    assert batch["position_ids"][1].tolist() == ordinary
+    assert batch["branch_ids"][1].tolist() == [0] * 8
+    assert torch.equal(batch["rto_mask"], batch["labels"] == 9)
+
+
+@pytest.mark.parametrize("collator", [Pads(), flattens], ids=["packed", "flattened"])
+def test_branches_of_rows_in_one_row(collator):
+    features = [branch_row(), {**row(3, {2}), "branch_starts": [0, 0, 0]}, branch_row()]
+    batch = RowCollator(collator, "branch")(features if collator is flattens else [features])
+    one, other = [0, 1, 2, 1, 2, 0, 1], [0, 1, 2]
+    assert batch["position_ids"][0, :17].tolist() == [*one, *other, *one]
+    assert batch["branch_ids"][0, :17].tolist() == [0, 0, 0, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def test_the_first_token_of_a_row_is_no_target_of_the_row_before():
+    first = {**row(3), "labels": [7, 8, 9], "rto_mask": None, "branch_starts": None}
+    batch = RowCollator(Pads(), "branch")([[branch_row(), first, first]])
+    assert batch["labels"][0, 7:13].tolist() == [PAD, 8, 9, PAD, 8, 9]
+
+
+def test_rows_make_no_ids():
+    assert not {"position_ids", "branch_ids"} & set(RowCollator(Pads())([row(3, {2})]))
+
+
+def test_a_layout_that_does_not_fit_the_rows_is_refused():
+    with pytest.raises(ValueError, match="A row has branches, but the layout is 'rows'"):
+        RowCollator(Pads())([branch_row()])
+    for lost in (row(3, {2}), {**row(3, {2}), "branch_starts": None}):
+        with pytest.raises(ValueError, match="lost `branch_starts` before batching"):
+            RowCollator(Pads(), "branch")([lost])
+    with pytest.raises(ValueError, match="7 tokens, but 6 `branch_starts`"):
+        RowCollator(Pads(), "branch")([{**branch_row(), "branch_starts": [0] * 6}])
+    RowCollator(Pads(), "branch")([row(3)])  # an ordinary row of a host that does not know the column
