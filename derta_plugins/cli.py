@@ -217,12 +217,15 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data, weights and draws.", min=0)] = 0,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("derta-demo"),
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1 ...")] = "cpu",
+    layout: Annotated[str, typer.Option(help="Layout of DeRTa's rows: rows or branch.")] = DeRTaConfig.layout,
 ) -> None:
     """Train a tiny model with and without DeRTa, attack both, and print what changed."""
     with _readable_errors():
         from derta_plugins.demo.run import run_demo
+        from derta_plugins.demo.training import Recipe
 
-        run_demo(seed=seed, output_dir=output_dir, device=device, console=Console(highlight=False))
+        recipe, console = Recipe(layout=DeRTaConfig(layout=layout).layout), Console(highlight=False)
+        run_demo(seed=seed, output_dir=output_dir, device=device, console=console, recipe=recipe)
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -59,7 +59,8 @@ def core(session: nox.Session) -> None:
     session.run(
         "python", "-c", "import importlib.util as u; assert not (u.find_spec('trl') or u.find_spec('datasets'))"
     )
-    tests = ["config", "records", "transform", "transform_properties", "losses", "losses_distributed", "row_check"]
+    rows = ["config", "records", "transform", "transform_properties", "row_check"]
+    tests = [*rows, "losses", "losses_distributed", "linear_nll", "branch_layout", "branch_attention"]
     session.run("pytest", "derta_plugins/core", *(f"tests/core/test_{name}.py" for name in tests))
 
 

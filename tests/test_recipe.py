@@ -81,6 +81,7 @@ KNOBS = {
     "method": "recaug", "refusal_text": "Sorry", "allow_first_piece": True, "apply_chat_template": False,
     "prefix_unit": "word", "zero_prefix_ratio": None, "num_prefixes": 2, "rto_ratio": 0.4, "rto_keep_ratio": 0.3,
     "rto_turns": "all", "resample_each_epoch": True, "normalization": "sequence_sum", "rto_weight": 2.5,
+    "layout": "branch",
     "boundary_ratio": 0.5, "transform": "everything", "on_bad_record": "skip", "seed": 17,
 }  # fmt: skip
 NO_COUNTERPART = {

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from derta_plugins.core.branch_attention import branch_mask, branch_rule, segment_attention, segment_table
+from derta_plugins.core.branch_layout import positions
 from derta_plugins.core.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,41 @@ class BranchAttention:
             return {name: self._mask(position_ids, branch_ids, dtype, of) for name, of in windows.items()}
         is_full = getattr(self._config, "layer_types", None) is not None
         return self._mask(position_ids, branch_ids, dtype, None if is_full else window)
+
+    @torch.no_grad()
+    def check(self, model: Any, device: torch.device) -> None:
+        """
+        See that a branch row and its rows apart have the same logits, whatever a host or kernel has made of the model.
+
+        Args:
+            model: As it is trained, wrapped for many ranks or not; every rank must call this.
+            device: Where its inputs go.
+
+        Raises:
+            ConfigError: If they differ by more than rounding.
+        """
+        trunk, branch, parent_end = [11, 12, 13, 14, 15, 16, 17, 18], [21, 22, 23], 4
+        position_ids, branch_ids = (
+            torch.tensor([ids], device=device) for ids in positions([0] * len(trunk) + [parent_end] + [0] * len(branch))
+        )
+        was_training, dtype = model.training, next(model.parameters()).dtype
+        model.eval()
+        masks = self.masks(position_ids, branch_ids, dtype)
+        folded = [*trunk, trunk[parent_end - 1], *branch]
+        given = {"position_ids": position_ids, "attention_mask": masks}
+        logits = [
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0, -len(branch) :]
+            for ids, options in ((folded, given), ([*trunk[:parent_end], *branch], {}), ([*trunk, *branch], {}))
+        ]
+        model.train(was_training)
+        ours, apart, behind_all = (of.float() for of in logits)
+        error, mistake = (ours - apart).abs().max(), (behind_all - apart).abs().max()
+        rounding = (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2) * apart.abs().max()
+        if not error <= torch.maximum(rounding, 0.1 * mistake):
+            raise ConfigError(
+                f"This model does not attend as branch rows need it (logits are off by {error:.2g}, rounding would be "
+                f"{rounding:.2g}): a kernel or another plugin has changed its attention. Set layout='rows'."
+            )
 
     def _mask(
         self, position_ids: torch.Tensor, branch_ids: torch.Tensor, dtype: torch.dtype, window: int | None

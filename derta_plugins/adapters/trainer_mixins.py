@@ -55,7 +55,8 @@ class DeRTaLogMixin:
 
     def _start_derta(self, config: DeRTaConfig) -> None:
         """Set what this class needs; call it before the host's `__init__`."""
-        self._derta, self._sums, self._contract_checked = config, {}, False
+        self._derta, self._sums = config, {}
+        self._contract_checked = self._attention_checked = False
 
     def _finish_layout(self) -> None:
         """Set the model's attention for the layout; call it after the host's `__init__`."""
@@ -81,6 +82,12 @@ class DeRTaLogMixin:
                 f"The batch has no `branch_ids` (it has {sorted(batch)}): another collator replaced DeRTa's."
             )
         return flatten_batch(batch) if self._attention.flattens else dict(batch)
+
+    def _check_attention(self, model: Any) -> None:
+        """Once a run, with the model as it is trained."""
+        if self._attention is not None and not self._attention_checked:
+            self._attention.check(model, self.args.device)
+            self._attention_checked = True
 
     def _with_masks(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model is called with: in the branch layout, who sees whom as its attention takes it."""
@@ -192,6 +199,7 @@ class DeRTaLossMixin(DeRTaLogMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DeRTa's loss, inside the host's own `compute_loss`."""
         check_batch(inputs)
+        self._check_attention(model)
         counts = count_batch(inputs) if num_items_in_batch is None else num_items_in_batch
         inputs, is_step = self._with_masks(self._laid_out(inputs)), num_items_in_batch is not None
         rto_mask = inputs.pop("rto_mask")

@@ -196,6 +196,7 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DeRTa's loss, inside TRL's own `compute_loss`, which goes on to do the forward pass, metrics and scaling."""
         check_batch(inputs)
+        self._check_attention(model)
         counts = count_batch(inputs) if num_items_in_batch is None else num_items_in_batch
         inputs, is_step = self._laid_out(inputs), num_items_in_batch is not None
         micro_batch = MicroBatch.of(inputs["labels"], inputs.pop("rto_mask"), counts, self._derta)

@@ -33,6 +33,8 @@ class Recipe:
         learning_rate: Peak learning rate of the safety tuning.
         epochs: Passes over the rows of the safety tuning.
         batch_size: Rows per optimizer step.
+        layout: Layout of the rows of DeRTa's triples. In the branch layout a batch holds fewer sequences, of as many
+            rows, so that the number of steps does not change.
     """
 
     base_rows: int = 4400
@@ -43,13 +45,24 @@ class Recipe:
     learning_rate: float = 3e-3
     epochs: int = 3
     batch_size: int = 16
+    layout: str = "rows"
+
+    def sequences_per_step(self) -> int:
+        """Batch size of DeRTa's training, whose two rows of a triple are one sequence in the branch layout."""
+        benign = self.helpful_rows + self.boundary_rows
+        folded = self.triples if self.layout == "branch" else 2 * self.triples
+        return max(1, round(self.batch_size * (benign + folded) / (benign + 2 * self.triples)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingCost:
-    """What one training took: rows and target tokens of one epoch, optimizer steps, and wall seconds."""
+    """
+    What one training took: rows, tokens and target tokens of one epoch, optimizer steps, and wall seconds. Rows that
+    the branch layout folds into one sequence count each.
+    """
 
     rows: int
+    tokens: int
     supervised_tokens: int
     steps: int
     seconds: float
@@ -77,7 +90,7 @@ def train_base(
             learning_rate=recipe.base_learning_rate,
         )
         trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=rows)
-        return _train(trainer, on_step=on_step)
+        return _train(trainer, rows=len(rows), on_step=on_step)
 
 
 def safety_tuned(
@@ -111,7 +124,10 @@ def safety_tuned(
             learning_rate=recipe.learning_rate,
             method=method,
             num_prefixes=1 if method == "derta" else 2,
+            layout=recipe.layout if method == "derta" else "rows",
         )
+        if method == "derta":
+            args.per_device_train_batch_size = recipe.sequences_per_step()
         trainer = DeRTaSFTTrainer(
             model=model,
             args=args,
@@ -120,7 +136,9 @@ def safety_tuned(
             boundary_dataset=Dataset.from_list(list(boundary)),
             safety_dataset=Dataset.from_list(list(triples)),
         )
-        return model, _train(trainer, on_step=on_step)
+        counts = trainer.row_counts
+        rows = counts.mle_rows + counts.rto_rows + counts.helpful_rows + counts.boundary_rows
+        return model, _train(trainer, rows=rows, on_step=on_step)
 
 
 def _host_arguments(output_dir: str, *, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
@@ -146,7 +164,7 @@ def _host_arguments(output_dir: str, *, recipe: Recipe, seed: int, device: str) 
     }
 
 
-def _train(trainer: Any, *, on_step: OnStep) -> TrainingCost:
+def _train(trainer: Any, *, rows: int, on_step: OnStep) -> TrainingCost:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -154,7 +172,8 @@ def _train(trainer: Any, *, on_step: OnStep) -> TrainingCost:
     start = time.perf_counter()
     trainer.train()
     return TrainingCost(
-        rows=len(trainer.train_dataset),
+        rows=rows,
+        tokens=sum(map(len, trainer.train_dataset["input_ids"])),
         supervised_tokens=sum(label != -100 for labels in trainer.train_dataset["labels"] for label in labels),
         steps=trainer.state.global_step,
         seconds=round(time.perf_counter() - start, 2),

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from derta_plugins.adapters import axolotl_patch as patch
 from derta_plugins.adapters.axolotl_names import DATASET_TYPE, PLUGIN
-from tests.conftest import byte_level_bpe, helpful_records, safety_records
+from tests.conftest import byte_level_bpe, helpful_records, safety_records, tiny_llama
 from tests.readme_blocks import ROOT
 
 TINY = ROOT / "examples" / "axolotl" / "tiny.yml"
@@ -40,8 +40,10 @@ def own_plugins() -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> Path:
-    """The files that `tiny.yml` names; of the model, its tokenizer."""
-    byte_level_bpe().save_pretrained(folder / "my-model")
+    """The files that `tiny.yml` names; of the model, its tokenizer and its config."""
+    tokenizer = byte_level_bpe()
+    tokenizer.save_pretrained(folder / "my-model")
+    tiny_llama(len(tokenizer)).config.save_pretrained(folder / "my-model")
     Dataset.from_list(safety_records(TRIPLES)).to_json(folder / "triples.jsonl")
     Dataset.from_list(helpful_records(8)).to_json(folder / "helpful.jsonl")
     return folder

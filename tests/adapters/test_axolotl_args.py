@@ -63,6 +63,7 @@ EVERY_KNOB = {
     "rto_turns": "all",
     "normalization": "sequence_sum",
     "rto_weight": 0.7,
+    "layout": "branch",
     "on_bad_record": "skip",
     "seed": 11,
 }

@@ -101,7 +101,8 @@ def test_a_run_that_died_goes_on_to_the_same_weights(learnt, folder):
     assert values(log_of(folder / "died"), "loss") == pytest.approx(values(log_of(learnt), "loss"), rel=1e-5)
 
 
-def test_lora_with_packing_and_evaluation(tmp_path):
+@pytest.mark.parametrize("layout", ["rows", "branch"])
+def test_lora_with_packing_and_evaluation(tmp_path, layout):
     """One run with what is easily lost: packed rows keep their RTO targets, evaluation logs its own components."""
     folder = make_folder(tmp_path, initializer_range=0.3)  # a frozen head must be able to say something
     output = succeed(
@@ -109,6 +110,7 @@ def test_lora_with_packing_and_evaluation(tmp_path):
         *HERE,
         adapter="lora",
         **LORA,
+        derta={"refusal_text": "Sorry", "layout": layout},
         sample_packing=True,
         eval_sample_packing=False,
         test_datasets=[

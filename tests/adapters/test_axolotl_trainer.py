@@ -9,13 +9,17 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import BasePlugin, PluginManager
-from axolotl.utils.collators import DataCollatorForSeq2Seq
+from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 from datasets import Dataset, concatenate_datasets
 
 from derta_plugins.adapters.axolotl_plugin import DeRTaPlugin
 from derta_plugins.adapters.axolotl_rows import _HOST_FEATURES
 from derta_plugins.adapters.axolotl_trainer import AxolotlDeRTaTrainer, RowTally
+from derta_plugins.adapters.collator import RowCollator
+from derta_plugins.core.branch_layout import fold_rows
+from derta_plugins.core.chat import TokenizedTriple
 from derta_plugins.core.config import ConfigError, DeRTaConfig
+from derta_plugins.core.transform import build_rows
 from tests.adapters.axolotl_configs import PLUGIN, entry, make_config, make_folder, our_plugin, own_plugins, validated
 from tests.conftest import byte_level_bpe, tiny_llama
 
@@ -320,3 +324,55 @@ def test_a_plugin_that_a_config_does_not_name_does_nothing(folder):
     assert plugin.load_datasets(other) is None
     assert plugin.post_trainer_create(other, SimpleNamespace()) is None
     assert type(plugin) is DeRTaPlugin
+
+
+# --- the branch layout -----------------------------------------------------------------------------------------------
+
+
+def rows_of(layout):
+    """Three triples, and two ordinary rows that the host made."""
+    config = DeRTaConfig(num_prefixes=2)
+    made = []
+    for index in range(3):
+        triple = TokenizedTriple((10, 11, 12 + index), (20, 21, 22), tuple(range(30, 37 + index)), end_ids=(2,))
+        rows = build_rows(triple, config, refusal_token_id=TARGET, index=index)
+        for row in fold_rows(rows) if layout == "branch" else rows:
+            starts = {"branch_starts": row.branch_starts} if layout == "branch" else {}
+            made.append({"input_ids": row.input_ids, "labels": row.labels, "rto_mask": row.rto_mask, **starts})
+    for length in (3, 6):
+        ids = list(range(40, 40 + length))
+        made.append({"input_ids": ids, "labels": [-100, *ids[1:]], "rto_mask": None, "branch_starts": None})
+        if layout == "rows":
+            del made[-1]["branch_starts"]
+    return Dataset.from_list([{**row, "attention_mask": [1] * len(row["labels"])} for row in made])
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("normalization", ["token_mean", "sequence_sum", "component_mean"])
+def test_the_hosts_batches_of_branch_rows_have_the_loss_of_rows(tmp_path, normalization, is_packed):
+    losses = {}
+    for layout in ("rows", "branch"):
+        config = DeRTaConfig(layout=layout, normalization=normalization, rto_weight=0.7)
+        rows = rows_of(layout)
+        trainer = make_trainer(tmp_path / layout, rows, config=config)
+        features = rows.to_list()
+        for place, feature in enumerate(features):
+            feature["position_ids"] = list(range(len(feature["labels"])))  # as the host adds before it packs
+            feature["length"] = place
+        if is_packed and layout == "branch":
+            host = V2BatchSamplerDataCollatorForSeq2Seq(byte_level_bpe(), padding=True, pad_to_multiple_of=16)
+            batch = RowCollator(host, "branch")([features])
+            assert batch["labels"].shape[0] == 1
+        else:
+            batch = trainer.data_collator(
+                [{k: f[k] for k in f if k not in ("position_ids", "length")} for f in features]
+            )
+        trainer.model.train()
+        counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        losses[layout] = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=counts).item()
+    assert losses["branch"] == pytest.approx(losses["rows"], rel=1e-5)
+
+
+def test_folded_rows_are_tallied():
+    tally = RowTally.of(rows_of("branch"))
+    assert (tally.ordinary, tally.mle, tally.rto, tally.branches) == (2, 0, 3, 6)

@@ -11,7 +11,6 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.flex_attention import flex_attention
 
 from derta_plugins.adapters.branch_batch import flatten_batch
 from derta_plugins.adapters.branch_model import BranchAttention
@@ -24,7 +23,7 @@ from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import derta_loss, per_token_nll
 from derta_plugins.core.transform import Row, build_rows
-from tests.adapters.tiny_models import FAMILIES, VOCABULARY, all_in_float64, tiny_model
+from tests.adapters.tiny_models import FAMILIES, VOCABULARY, all_in_float64, plain_flex_attention, tiny_model
 
 NORMALIZATIONS = ["token_mean", "sequence_sum", "component_mean"]
 WAYS = {family: ["dense"] if family == "gemma2" else ["segments", "dense"] for family in FAMILIES}
@@ -153,20 +152,8 @@ def test_sdpa_takes_the_dense_mask_too():
 
 @pytest.mark.parametrize("family", [*FAMILIES])
 def test_flex_attention_trains_the_same(family, monkeypatch):
-    """FlexAttention refuses to differentiate on a CPU; what it does there without compilation is plain torch."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
-    monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention", Uncompiled)
+    plain_flex_attention(monkeypatch)
     check_same(tiny_model(family), DeRTaConfig(num_prefixes=2), "flex", in_head=family != "gemma2")
-
-
-class Uncompiled:
-    """Stands for the host's singleton, which compiles."""
-
-    def __init__(self, *args):
-        pass
-
-    def __call__(self):
-        return flex_attention
 
 
 def test_lora_trains_the_same():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
@@ -24,7 +25,7 @@ from derta_plugins.adapters.branch_batch import flatten_batch, layout_for
 from derta_plugins.adapters.branch_model import SEGMENTS, BranchAttention, why_not
 from derta_plugins.core.branch_layout import positions
 from derta_plugins.core.config import ConfigError, DeRTaConfig
-from tests.adapters.tiny_models import FAMILIES, SIZE, VOCABULARY, tiny_model
+from tests.adapters.tiny_models import FAMILIES, SIZE, VOCABULARY, plain_flex_attention, tiny_model
 
 
 class OwnConfig(PreTrainedConfig):
@@ -39,7 +40,7 @@ REASONS = {
     "Bloom, ALiBi": (BloomConfig(), "takes no mask of others"),
     "Falcon": (FalconConfig(), "takes no mask of others"),
     "Mamba": (MambaConfig(), "layers that take no mask|takes no mask of others"),
-    "Jamba, hybrid": (JambaConfig(), "layers that take no mask"),
+    "Jamba, hybrid": (JambaConfig(), "layers that take no mask|takes no mask of others"),
     "Qwen3-Next, linear attention": (Qwen3NextConfig(), "layers that take no mask (linear_attention)"),
     "Llama 4, chunked attention": (Llama4TextConfig(), "layers that take no mask (chunked_attention)"),
     "T5, encoder and decoder": (T5Config(), "is no plain causal language model"),
@@ -104,6 +105,33 @@ def test_a_model_with_flash_attention_is_given_one_that_takes_masks():
     model.config._attn_implementation_internal = "flash_attention_2"
     BranchAttention.of(model, "dense")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["segments", "dense", "flex"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_passes_a_model_that_attends_as_it_should(family, way, dtype, monkeypatch):
+    if family == "gemma2" and way == "segments":
+        return
+    plain_flex_attention(monkeypatch)
+    model = tiny_model(family).to(dtype)
+    attention = BranchAttention.of(model, way)
+    attention.check(model, torch.device("cpu"))
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_check_sees_a_model_whose_attention_another_tool_changed(monkeypatch, dtype):
+    model = tiny_model("llama").to(dtype)
+    attention = BranchAttention.of(model)
+    causal = AttentionInterface()["sdpa"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        SEGMENTS,
+        lambda module, query, key, value, mask, **options: causal(module, query, key, value, None, **options),
+    )
+    with pytest.raises(ConfigError, match="does not attend as branch rows need it"):
+        attention.check(model, torch.device("cpu"))
 
 
 def test_masks_for_each_kind_of_layer():

@@ -42,6 +42,7 @@ EVERY_KNOB = {
     "derta_rto_turns": "all",
     "derta_normalization": "sequence_sum",
     "derta_rto_weight": 0.7,
+    "derta_layout": "branch",
     "derta_on_bad_record": "skip",
     "derta_transform": "mine",
     "derta_seed": 11,

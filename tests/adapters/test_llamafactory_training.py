@@ -130,6 +130,22 @@ def one_step(folder, **options):
 
 
 @pytest.mark.parametrize("normalization", ["token_mean", "sequence_sum", "component_mean"])
+def test_a_step_over_branch_rows_is_the_step_over_rows(folder, normalization):
+    """Four triples in one step: eight rows, or four that hold them."""
+    options = {"derta_normalization": normalization, "per_device_train_batch_size": 8}
+    loss, apart = one_step(folder, **options)
+    folded_loss, folded = one_step(folder, derta_layout="branch", **options)
+    assert folded_loss == pytest.approx(loss, rel=1e-3)  # the host rounds it
+    difference = sum((apart[name] - folded[name]).double().square().sum() for name in apart)
+    assert math.sqrt(difference / sum(value.double().square().sum() for value in apart.values())) < 1e-6
+
+
+def test_branch_rows_without_the_accuracy_of_logits(folder):
+    with pytest.raises(ConfigError, match="`compute_metrics` needs the logits of separate rows"):
+        train(folder, output_dir=str(folder / "accuracy"), derta_layout="branch", compute_accuracy=True, max_steps=1)
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "sequence_sum", "component_mean"])
 def test_a_step_does_not_depend_on_its_micro_batches(folder, normalization):
     loss, whole = one_step(folder, per_device_train_batch_size=8, derta_normalization=normalization)
     split_loss, split = one_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -46,6 +47,24 @@ def tiny_model(family: str, *, attention: str = "eager", seed: int = 0):
     for parameter in model.parameters():  # the initial weights are so small that attention hardly matters
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
     return model.train()
+
+
+def plain_flex_attention(monkeypatch) -> None:
+    """
+    FlexAttention on a CPU: it refuses to differentiate there, and wants a compiler; without one it is plain torch.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
+    monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention", Uncompiled)
+
+
+class Uncompiled:
+    """Stands for the singleton of transformers, which compiles."""
+
+    def __init__(self, *args):
+        pass
+
+    def __call__(self):
+        return flex_attention
 
 
 @contextmanager

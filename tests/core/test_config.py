@@ -24,6 +24,7 @@ DEFAULTS = {
     "resample_each_epoch": False,  # authors' code: drawn once, before training
     "normalization": "token_mean",  # authors' code: mean over target tokens
     "rto_weight": 1.0,  # Eq. 2 adds the two terms
+    "layout": "rows",  # the paper trains rows apart
     "boundary_ratio": None,
     "transform": None,  # that of the paper
     "on_bad_record": "error",
@@ -43,6 +44,7 @@ BAD_VALUES = {
     "rto_turns": (["first", "ALL", None, True, 2], "one of 'last', 'all'"),
     "on_bad_record": (["raise", "ignore", None, False], "one of 'error', 'skip'"),
     "normalization": (["mean", "sum", None, 1.0], "one of 'token_mean', 'sequence_sum', 'component_mean'"),
+    "layout": (["row", "branches", None, True], "one of 'rows', 'branch'"),
     "refusal_text": (["", "  \n", None, 19701, True, ["Sorry"]], "a word such as 'Sorry', or 'auto'"),
     "transform": (["", "  \n", 0, True, False, ["mine"]], "the name of an installed transform"),
     "allow_first_piece": ([None, 0, 1, "true", "no"], "true or false"),
@@ -88,6 +90,7 @@ GOOD_VALUES = {
     "rto_turns": ["last", "all"],
     "resample_each_epoch": [True],
     "normalization": ["token_mean", "sequence_sum", "component_mean"],
+    "layout": ["rows", "branch"],
     "rto_weight": [0, 0.5, 1, 1e6],
     "boundary_ratio": [None, 0, 0.1, 1, 3.5],
     "transform": [None, "mine", "rto-only"],

@@ -21,6 +21,7 @@ from derta_plugins.core.losses import (
     per_token_nll,
     rto_labels,
     rto_loss,
+    token_weights,
 )
 
 B, S, V = 4, 9, 11
@@ -480,6 +481,12 @@ COUNTS = {
     ),
     "a target at the start of a sequence is its own": ([[5, 6, 7]], [[0, 0, 0]], [[0, 1, 0]], [2, 0, 2]),
     "without position_ids a row is one sequence": ([[I, 5, I, 6]], [[0, 0, 0, 0]], None, [2, 0, 1]),
+    "rows that begin where others end, in one batch": (
+        [[I, 5, I], [I, I, 4]],
+        [[0] * 3] * 2,
+        [[0, 1, 0]] * 2,
+        [2, 0, 2],
+    ),
     "nothing": ([[I, I], [I, I]], [[1, 1], [0, 0]], [[0, 1], [0, 1]], [0, 0, 0]),
 }
 
@@ -493,6 +500,33 @@ def test_count_targets(name, mask_dtype):
     counts = count_targets(torch.tensor(labels), torch.tensor(rto_mask, dtype=mask_dtype), position_ids=position_ids)
     assert counts.tolist() == expected
     assert counts.dtype == torch.int64
+
+
+def test_each_branch_with_a_target_is_a_sequence():
+    """Trunk of three tokens, two branches, and an ordinary sequence; the label where a branch begins is the trunk's."""
+    labels = torch.tensor([[I, 7, 7, 7, 5, 5, 6, I, 4]])
+    rto_mask = torch.tensor([[0, 1, 1, 1, 0, 0, 0, 0, 0]]).bool()
+    position_ids = torch.tensor([[0, 1, 2, 1, 2, 0, 1, 0, 1]])
+    branch_ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 0, 0]])
+    ids = {"position_ids": position_ids, "branch_ids": branch_ids}
+    assert count_targets(labels, rto_mask, **ids).tolist() == [4, 3, 4]
+    labels[0, 4:6] = I  # what is left of the first branch's targets: none
+    assert count_targets(labels, rto_mask, **ids).tolist() == [2, 3, 3]
+    labels[0, 1:3] = I  # of the trunk's: the one that stands where the branch begins
+    assert count_targets(labels, rto_mask, **ids).tolist() == [2, 1, 3]
+
+
+def test_token_weights_make_the_loss():
+    logits, labels, rto_mask = make_batch()
+    nll, is_target = per_token_nll(logits, labels), labels[:, 1:] != IGNORE_INDEX
+    counts = count_targets(labels, rto_mask)
+    for normalization in ("token_mean", "sequence_sum", "component_mean"):
+        how = {"counts": counts, "normalization": normalization, "rto_weight": 0.7}
+        weights = token_weights(is_target, rto_mask[:, 1:], **how)
+        assert weights.dtype == torch.float64
+        assert (weights[~is_target] == 0).all()
+        expected = derta_loss(nll, is_target, rto_mask[:, 1:], **how).loss
+        torch.testing.assert_close((weights * nll).sum(), expected.double(), rtol=1e-6, atol=0)
 
 
 def test_counts_are_those_that_a_single_call_takes():
