@@ -19,7 +19,9 @@ EQUIVALENCE = ROOT / ".nox" / "losses"
 nox.options.default_venv_backend = "uv"
 nox.options.envdir = str(ROOT / ".nox")
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "core", "trl_oldest", "trl", "axolotl", "llamafactory", "equivalence", "demo"]
+nox.options.sessions = [
+    *("lint", "core", "trl_oldest", "trl", "axolotl", "llamafactory", "equivalence", "zero", "demo"),
+]
 
 # doctests are collected from every module, and a host's adapter cannot be imported without it
 OTHER_ADAPTERS = tuple(f"--ignore-glob=derta_plugins/adapters/{host}*.py" for host in ("axolotl", "llamafactory"))
@@ -117,6 +119,14 @@ def equivalence(session: nox.Session) -> None:
     prepare(session, "-e", ".[demo]", "pytest", constraints="trl.txt")
     session.env["DERTA_EQUIVALENCE"] = str(EQUIVALENCE)
     session.run("pytest", "tests/equivalence", *session.posargs)
+
+
+@nox.session
+def zero(session: nox.Session) -> None:
+    """DeepSpeed's ZeRO-2 and ZeRO-3 on two ranks, which run on a CPU too."""
+    prepare(session, "-e", ".[trl]", "pytest", "deepspeed", constraints="trl.txt")
+    session.env["DERTA_TEST_RANKS"] = "zero2 zero3"
+    session.run("pytest", "tests/adapters/test_ranks.py", *session.posargs)
 
 
 @nox.session

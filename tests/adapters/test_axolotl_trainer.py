@@ -228,7 +228,8 @@ def test_the_check_reads_outputs_of_either_kind_and_takes_no_random_number(as_tu
         return (loss, None) if as_tuple else {"loss": loss}
 
     state = torch.get_rng_state()
-    AxolotlDeRTaTrainer._check_fused_divides(None, model, batch())
+    rows = SimpleNamespace(_laid_out=dict, _with_masks=dict)
+    AxolotlDeRTaTrainer._check_fused_divides(rows, model, batch())
     assert torch.equal(torch.get_rng_state(), state)
     assert calls[0] == calls[1], "the same dropout twice, or the losses differ for that"
 
