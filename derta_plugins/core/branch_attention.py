@@ -122,17 +122,22 @@ def segment_attention(
         (1, S, H, D), as the projection behind it wants it.
     """
     is_grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for start, length, trunk_start, trunk_length in table[0, 0].tolist():
-        own, trunk = slice(start, start + length), slice(trunk_start, trunk_start + trunk_length)
+    segments = table[0, 0].tolist()
+    # split once: the gradient of a slice is as large as what it is a slice of
+    queries, all_keys, all_values = (
+        part.split([length for _, length, _, _ in segments], dim=2) for part in (query, key, value)
+    )
+    outputs, trunk = [], 0
+    for place, (start, length, trunk_start, trunk_length) in enumerate(segments):
+        trunk = place if start == trunk_start else trunk
         keys, values = (
-            torch.cat([part[:, :, trunk], part[:, :, own]], dim=2) if trunk_length else part[:, :, own]
-            for part in (key, value)
+            torch.cat([parts[trunk][:, :, :trunk_length], parts[place]], dim=2) if trunk_length else parts[place]
+            for parts in (all_keys, all_values)
         )
         mask = _causal_mask(length, trunk_length, sliding_window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, own],
+                queries[place],
                 keys,
                 values,
                 attn_mask=mask,
