@@ -42,13 +42,14 @@ def check_same_budget(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_documented_numbers_hold(tmp_path, seed):
-    results = run_demo(seed=seed, output_dir=tmp_path, device="cpu")
+@pytest.mark.parametrize(("seed", "layout"), [(0, "rows"), (1, "rows"), (2, "rows"), (0, "branch")])
+def test_the_documented_numbers_hold(tmp_path, seed, layout):
+    results = run_demo(seed=seed, output_dir=tmp_path, device="cpu", recipe=Recipe(layout=layout))
 
     assert json.loads((tmp_path / "results.json").read_text()) == results
     check_schema(results)
     check_same_budget(results)
+    assert results["recipe"]["layout"] == layout
     base, vanilla, derta = results["base"], results["methods"]["vanilla"], results["methods"]["derta"]
     assert base["asr"]["direct"] >= 0.9, "a base that does not answer would make every method look safe"
     assert base["helpfulness"] >= 0.9
