@@ -20,6 +20,15 @@ from torch.distributed.tensor import DTensor
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.linear_nll import LinearNLL, linear_nll
 
+# What models of transformers do to their logits, and the value that does nothing.
+_AFTER_HEAD = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+
 
 class HeadNotScorableError(RuntimeError):
     """The model does something to its logits, or around its head, that scoring in the head would skip."""
@@ -41,6 +50,16 @@ class ScoredTargets:
     nll: Tensor
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
+
+
+def changes_logits(config: Any) -> bool:
+    """
+    Whether a model of `config` is known to change its logits after the head.
+
+    Known beforehand it is the same on every rank. What is not known is noticed at the first step (`ScoringHead.read`).
+    """
+    text_config = config.get_text_config()
+    return any(getattr(text_config, name, None) not in (None, neutral) for name, neutral in _AFTER_HEAD.items())
 
 
 class ScoringHead:

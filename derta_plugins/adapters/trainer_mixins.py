@@ -20,7 +20,13 @@ from datasets import Dataset
 from derta_plugins.adapters.branch_batch import flatten_batch
 from derta_plugins.adapters.branch_model import BranchAttention
 from derta_plugins.adapters.collator import RowCollator
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, ScoredTargets, ScoringHead, scoring
+from derta_plugins.adapters.scoring_head import (
+    HeadNotScorableError,
+    ScoredTargets,
+    ScoringHead,
+    changes_logits,
+    scoring,
+)
 from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import (
@@ -181,7 +187,7 @@ class DeRTaLossMixin(DeRTaLogMixin):
             if collator is not None and not isinstance(collator, RowCollator):
                 setattr(self, name, RowCollator(collator, self._derta.layout))
         # a compiled forward pass would be compiled anew at every step
-        self._scores_in_head = not self.is_loss_fused and not self.args.torch_compile
+        self._scores_in_head = not (self.is_loss_fused or self.args.torch_compile or changes_logits(self.model.config))
         if self.is_loss_fused:
             logger.warning(
                 "The model computes a fused loss and builds no logits: the loss is DeRTa's, but `mle_loss`, `rto_loss` "

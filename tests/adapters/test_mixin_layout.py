@@ -132,14 +132,18 @@ def test_predictions_have_logits(trainer_of):
     assert predicted.predictions.shape[-1] == VOCABULARY
 
 
-def test_a_model_that_changes_its_logits_is_trained_from_them(trainer_of, caplog):
+@pytest.mark.parametrize("is_known", [True, False], ids=["known beforehand", "noticed"])
+def test_a_model_that_changes_its_logits_is_trained_from_them(trainer_of, caplog, monkeypatch, is_known):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, **size))
+    if not is_known:
+        monkeypatch.setattr("derta_plugins.adapters.trainer_mixins.changes_logits", lambda config: False)
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of("rows", model=model)
         trainer.train()
-    assert "taken from full logits" in caplog.text
+    assert ("taken from full logits" in caplog.text) != is_known
+    assert not trainer._scores_in_head
     assert trainer.state.log_history[0]["rto_loss"] > 0
 
 

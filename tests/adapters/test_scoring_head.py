@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, scoring
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, changes_logits, scoring
 from derta_plugins.core.constants import IGNORE_INDEX
 from tests.adapters.tiny_models import SIZE, VOCABULARY, all_in_float64, tiny_model
 
@@ -112,9 +112,15 @@ def test_the_vocabulary_meets_supervised_positions_alone():
 )
 def test_a_model_that_changes_its_logits_is_noticed(make):
     model = make()
+    assert changes_logits(model.config)
     with all_in_float64(), pytest.raises(HeadNotScorableError, match="changes its logits after the head"):
         loss_of_head(model, *make_batch())
     assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3, tied"])
+def test_models_that_leave_their_logits_alone_are_known(name):
+    assert not changes_logits(MODELS[name]().config)
 
 
 def test_the_head_is_its_own_again_afterwards():
