@@ -33,7 +33,7 @@ from derta_plugins.adapters.llamafactory_registry import (
 )
 from derta_plugins.adapters.llamafactory_saved import SavedRows
 from derta_plugins.adapters.llamafactory_template import TemplateTokenizer
-from derta_plugins.adapters.prepare import RowCounts, count_first_ids, count_rows
+from derta_plugins.adapters.prepare import RowCounts, count_first_ids, count_rows, first_records
 from derta_plugins.adapters.row_datasets import (
     CODE_DIGEST,
     ROW_COUNTS,
@@ -143,7 +143,7 @@ class _Datasets:
         tokenized = map_tokenized(dataset, tokenize, skipped=skipped, **self._map_options)
         for reason, count in skipped.most_common():
             logger.warning_rank0("DeRTa skipped %d records of %s: %s", count, name, reason)
-        firsts = count_first_ids(tokenized)
+        firsts = count_first_ids(first_records(tokenized))
         if not firsts[0]:
             raise ValueError(f"No safety record is left of dataset `{name}`. Mend the records, or leave it out.")
         if name in self._train_names or not self._train_names:

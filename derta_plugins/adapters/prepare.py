@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import pyarrow.compute as pc
@@ -194,7 +195,10 @@ def split_by_format(
         return _fault({name: name if name in present else None for name in known}, columns)
 
     places: dict[frozenset[str], array[int]] = {}
-    for index, present in enumerate(_present_in_each(dataset.select_columns(known))):
+    batches = dataset.select_columns(known).iter(batch_size=1000)
+    records = chain.from_iterable(zip(*(batch[name] for name in known), strict=True) for batch in batches)
+    for index, values in enumerate(records):
+        present = present_columns(dict(zip(known, values, strict=True)))
         if fault := fault_of(present):
             _skip_or_raise(fault.at(index), config, skipped)
         else:
@@ -209,20 +213,17 @@ def split_by_format(
     }
 
 
-def _present_in_each(dataset: Dataset) -> Iterator[frozenset[str]]:
-    """`present_columns` of each record of a dataset that has known columns alone."""
-    for batch in dataset.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield frozenset(name for name, value in zip(batch, values, strict=True) if value is not None)
+def first_records(tokenized: AnyDataset) -> Dataset:
+    """A dataset as it is; the first 1000 records of a stream."""
+    if not is_streaming(tokenized):
+        return tokenized
+    records = list(tokenized.take(STREAM_PEEK))
+    columns = {name: [record[name] for record in records] for name in TOKENIZED_FEATURES}
+    return Dataset.from_dict(columns, features=TOKENIZED_FEATURES)
 
 
-def count_first_ids(tokenized: AnyDataset) -> tuple[Counter[int], Counter[int]]:
-    """First tokens of the safe and of the harmful responses of triples (of a stream: of its first 1000 records)."""
-    if is_streaming(tokenized):
-        records = list(tokenized.take(STREAM_PEEK))
-        if not records:
-            raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")
-        tokenized = Dataset.from_list(records, features=TOKENIZED_FEATURES)
+def count_first_ids(tokenized: Dataset) -> tuple[Counter[int], Counter[int]]:
+    """First tokens of the safe and of the harmful responses of triples."""
     counts: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
     for batch in arrow_batches(tokenized, TOKENIZED):
         records = batch[TOKENIZED]
@@ -234,8 +235,11 @@ def count_first_ids(tokenized: AnyDataset) -> tuple[Counter[int], Counter[int]]:
 
 
 def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
-    """The RTO target for these records."""
-    token = resolve_target(tokenizer, config, *count_first_ids(tokenized))
+    """The RTO target for these records (of a stream: by its first 1000 records)."""
+    seen = first_records(tokenized)
+    if not len(seen):
+        raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")
+    token = resolve_target(tokenizer, config, *count_first_ids(seen))
     warn_if_unfit(token)
     return token
 
@@ -348,17 +352,13 @@ def count_rows(rows: Dataset, counts: RowCounts) -> int:
     total: Counter[str] = Counter()
     for batch in arrow_batches(rows, *ROW_COUNTS):
         held = pc.add(batch["mle_rows"], batch["rto_rows"])
-        numbers = {
-            **{name: batch[name] for name in ROW_COUNTS},
-            "ours": pc.greater(held, 0),
-            "held": pc.greater(held, 1),
-        }
-        total.update({name: pc.sum(values).as_py() for name, values in numbers.items()})
+        batch = batch.append_column("ours", pc.greater(held, 0)).append_column("branch", pc.greater(held, 1))
+        total.update({name: pc.sum(batch[name]).as_py() for name in batch.column_names})
     counts.mle_rows += total["mle_rows"]
     counts.rto_rows += total["rto_rows"]
     counts.truncated_rows += total["truncated_rows"]
     counts.limited_prefixes += total["limited_rows"]
-    counts.branch_rows += total["held"]
+    counts.branch_rows += total["branch"]
     if counts.limited_prefixes:
         logger.warning(
             "max_length keeps the harmful prefix of %d of %d MLE rows short: refusals deep in an answer are trained "

@@ -12,7 +12,7 @@ import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -327,7 +327,8 @@ class TokenizeRecord:
                 "record", "is an ordinary row in a stream of safety records; give it as its own dataset."
             )
         if isinstance(parsed, Triple):
-            tokenized = {**_EMPTY, **asdict(self.tokenizer.triple(parsed))}
+            # not `asdict`, which copies every id and takes half of the time
+            tokenized = {**_EMPTY, **vars(self.tokenizer.triple(parsed))}
         else:
             row = self.tokenizer.authors_row(parsed)
             tokenized = {**_EMPTY, "prompt_ids": row.prefix_ids, "rejected_ids": row.text_ids, "is_authors_row": True}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.linear_nll import LinearNLL, linear_nll
@@ -89,7 +88,7 @@ class ScoringHead:
         return self._returned
 
     def _score(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> LinearNLL:
-        if type(self._head) is nn.Linear and not isinstance(self._head.weight, DTensor):
+        if type(self._head) is nn.Linear and type(self._head.weight) in (nn.Parameter, Tensor):
             weight, bias = self._head.weight, self._head.bias
             return linear_nll(hidden, weight, targets, token_weights=token_weights, bias=bias, stats=self._stats)
         # an adapter, a quantised or a sharded head knows best what it computes: the logits of these positions are built
@@ -114,7 +113,10 @@ class ScoringHead:
         got = getattr(outputs, "logits", None)
         if self._found is None or got is None:
             raise HeadNotScorableError("The model did not ask its head for logits.")
-        if got.shape != self._returned.shape or not torch.equal(got.detach().to(self._returned), self._returned):
+        is_same = got.shape == self._returned.shape and torch.allclose(
+            got.detach().to(self._returned), self._returned, rtol=0, atol=0, equal_nan=True
+        )
+        if not is_same:
             raise HeadNotScorableError(
                 "The model changes its logits after the head (a soft-cap, a scale), so its loss cannot be had there."
             )

@@ -123,6 +123,38 @@ def test_models_that_leave_their_logits_alone_are_known(name):
     assert not changes_logits(MODELS[name]().config)
 
 
+def test_a_loss_that_is_not_a_number_is_no_changed_logit():
+    """One rank alone would leave the head otherwise, and the others wait for it."""
+    model = tiny_model("llama")
+    model.lm_head.weight.data[7] = float("nan")
+    found = loss_of_head(model, *make_batch())
+    assert found.total.isnan()
+
+
+class _Scaled(torch.Tensor):
+    """A weight that means twice what is stored, as quantised weights mean something else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            hidden, weight, *rest = args
+            return function(hidden, 2 * weight.as_subclass(torch.Tensor), *rest, **kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_kind_is_left_to_its_own_head():
+    model = tiny_model("llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(_Scaled))
+    batch = make_batch()
+    with all_in_float64():
+        expected, nll, _ = loss_of_logits(model, *batch)
+        found = loss_of_head(model, *batch)
+        embedding = model.get_input_embeddings().weight
+        wanted, got = (torch.autograd.grad(loss, embedding)[0] for loss in (expected, found.total))
+    torch.testing.assert_close(found.nll, nll, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_the_head_is_its_own_again_afterwards():
     model = tiny_model("llama")
     ids, targets, token_weights = make_batch()
