@@ -26,7 +26,10 @@ nox.options.sessions = [
 # doctests are collected from every module, and a host's adapter cannot be imported without it
 OTHER_ADAPTERS = tuple(f"--ignore-glob=derta_plugins/adapters/{host}*.py" for host in ("axolotl", "llamafactory"))
 # What depends on the host that is installed, beside its own adapter; the rest runs once, with the newest TRL.
-HOST_TESTS = ("tests/adapters", "tests/test_recipe.py", "tests/test_examples.py")
+HOST_TESTS = (
+    *("tests/adapters", "tests/test_recipe.py", "tests/test_examples.py"),
+    "tests/test_benchmarks.py::test_steps_of_the_host_are_compared_at_the_same_loss",
+)
 
 
 def prepare(session: nox.Session, *requirements: str, constraints: str) -> None:

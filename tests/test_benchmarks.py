@@ -1,0 +1,39 @@
+"""The benchmarks run as the README says, and compare what is the same training."""
+
+import re
+import sys
+from importlib.util import find_spec
+
+from tests.readme_blocks import ROOT, run
+
+HOST = next(host for host in ("axolotl", "llamafactory", "trl") if find_spec(host))
+
+
+def output_of(name: str, *options: str) -> str:
+    result = run([sys.executable, "-m", f"tests.benchmarks.{name}", *options], ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_layouts_are_measured():
+    options = ("--steps", "1", "--triples", "2", "--lengths", "20/40/30", "--vocab", "512", "--prefixes", "2")
+    lines = [
+        line.strip("| ").split(" | ") for line in output_of("layouts", *options).splitlines() if "20/40/30" in line
+    ]
+    rows = {cells[3]: cells for cells in lines if len(cells) == 11}
+    assert set(rows) == {"authors", "stock", "rows", "branch"}
+    tokens, milliseconds = ({name: float(cells[place]) for name, cells in rows.items()} for place in (4, 5))
+    assert tokens["authors"] == tokens["stock"] > tokens["rows"] > tokens["branch"]
+    assert min(milliseconds.values()) > 0
+
+
+def test_steps_of_the_host_are_compared_at_the_same_loss():
+    text = output_of("step", "--host", HOST, "--steps", "1", "--batch", "2", "--vocab", "512")
+    (difference,) = re.findall(r"same loss in both: largest relative difference (\S+)", text)
+    assert float(difference) < 1e-5
+    (milliseconds,) = re.findall(r"^\| time of a step, ms \| (\S+) \| (\S+) \|", text, re.MULTILINE)
+    assert min(map(float, milliseconds)) > 0
+
+
+def test_the_ways_to_start_are_measured():
+    assert len(re.findall(r"[+-]\d+\.\d+$", output_of("startup", "--starts", "3"), re.MULTILINE)) == 3
