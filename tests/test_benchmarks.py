@@ -27,6 +27,13 @@ def test_the_layouts_are_measured():
     assert min(milliseconds.values()) > 0
 
 
+def test_ways_through_the_head_are_measured():
+    text = output_of("head", "--steps", "1", "--shapes", "40/16/300")
+    ways = {cells[1]: float(cells[2]) for cells in (line.strip("| ").split(" | ") for line in text.splitlines()[4:])}
+    assert {"products", "all logits", "linear_nll, chunks of 256"} < set(ways)
+    assert min(ways.values()) > 0
+
+
 def test_steps_of_the_host_are_compared_at_the_same_loss():
     text = output_of("step", "--host", HOST, "--steps", "1", "--batch", "2", "--vocab", "512")
     (difference,) = re.findall(r"same loss in both: largest relative difference (\S+)", text)
