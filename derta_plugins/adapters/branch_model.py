@@ -25,6 +25,8 @@ SEGMENTS = "derta_segments"
 _LAYERS = {"full_attention", "sliding_attention"}
 # Arguments of attention that only some models give, and that segments do not know.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "indices")
+# Models that put their window into a mask of their own, or have one that they do not use.
+_WINDOW_UNTOLD = ("doge", "moshi", "phimoe", "qwen2_moe")
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -43,6 +45,8 @@ def why_not(config: PreTrainedConfig) -> str:
         return f"{name} has layers whose attention takes no mask of others."
     if getattr(config, "rope_parameters", None) is None:
         return f"{name} does not number positions by rotation, so a branch might not go on from where it leaves."
+    if name in _WINDOW_UNTOLD and getattr(config, "sliding_window", None):
+        return f"{name} does not tell its attention of its sliding window."
     if getattr(config, "output_router_logits", False):
         return f"{name} trains a router loss, which would count shared tokens once."
     return ""
@@ -134,11 +138,18 @@ class BranchAttention:
         masks = self.masks(position_ids, branch_ids, dtype)
         folded = [*trunk, trunk[parent_end - 1], *branch]
         given = {"position_ids": position_ids, "attention_mask": masks}
-        logits = [
-            model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0, -len(branch) :]
-            for ids, options in ((folded, given), ([*trunk[:parent_end], *branch], {}), ([*trunk, *branch], {}))
-        ]
-        model.train(was_training)
+        try:
+            logits = [
+                model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
+                for ids, options in ((folded, given), ([*trunk[:parent_end], *branch], {}), ([*trunk, *branch], {}))
+            ]
+        except ConfigError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"This model does not take branch rows: set layout='rows'. ({error})") from error
+        finally:
+            model.train(was_training)
+        logits = [of[-len(branch) :] for of in logits]
         ours, apart, behind_all = (of.float() for of in logits)
         error, mistake = (ours - apart).abs().max(), (behind_all - apart).abs().max()
         rounding = (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2) * apart.abs().max()
@@ -154,7 +165,9 @@ class BranchAttention:
         if self.way == "flex":
             batch, length = position_ids.shape
             rule = branch_rule(position_ids, branch_ids, sliding_window=window)
-            return create_block_mask(rule, batch, None, length, length, device=position_ids.device)
+            device = position_ids.device
+            # uncompiled it has S * S numbers of 8 bytes on the way
+            return create_block_mask(rule, batch, None, length, length, device, _compile=device.type == "cuda")
         mask = branch_mask(position_ids, branch_ids, sliding_window=window)
         if not self._is_eager:
             return mask
@@ -167,7 +180,8 @@ def _ways(model: Any) -> list[Way]:
     ways: list[Way] = []
     if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
         ways.append("segments")
-    if model._supports_flex_attn:
+    has_dropout = any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    if model._supports_flex_attn and not has_dropout:
         # FlexAttention has no backward pass on a CPU
         ways.insert(0 if model.device.type == "cuda" else len(ways), "flex")
     if model.device.type == "cuda":
@@ -203,6 +217,8 @@ def _segments_forward(
     given = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if kwargs.get("is_causal") is False:
         given.append("is_causal")
+    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):
+        given.append("a sliding window that it is not told of")
     if given:
         raise ConfigError(f"{type(module).__name__} attends with {given}, which segments cannot: set layout='rows'.")
     window = kwargs.get("sliding_window")

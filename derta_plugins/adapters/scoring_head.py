@@ -26,7 +26,12 @@ _AFTER_HEAD = {
     "logits_scaling": 1.0,
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "unpadded_vocab_size": None,
 }
+# What a changed logit shows by: exact in half precision, beyond any soft-cap, and not zero.
+_MARK = 1024.0
 
 
 class HeadNotScorableError(RuntimeError):
@@ -61,6 +66,16 @@ def changes_logits(config: Any) -> bool:
     return any(getattr(text_config, name, None) not in (None, neutral) for name, neutral in _AFTER_HEAD.items())
 
 
+def is_prompt_learning(model: Any) -> bool:
+    """Whether PEFT puts virtual tokens, or keys of them, before those of `model`."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
+def cannot_score(model: Any) -> bool:
+    """Whether it is known beforehand, on every rank alike, that the head of `model` cannot score its targets."""
+    return changes_logits(model.config) or is_prompt_learning(model)
+
+
 class ScoringHead:
     """The head of one forward pass; see `scoring`."""
 
@@ -74,7 +89,7 @@ class ScoringHead:
         return self._found is not None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, 1, N + 1): the total, and the losses, which need no gradient."""
+        """(1, 1, V): the total, and marks, so that it has the shape of logits and shows what is done to them."""
         if self._found is not None or hidden.shape[:-1] != self._targets.shape:
             raise HeadNotScorableError(
                 f"The head must be called once, with a hidden state for each of the {tuple(self._targets.shape)} "
@@ -83,15 +98,15 @@ class ScoringHead:
         places = (self._targets != IGNORE_INDEX).to(hidden.device)
         targets, weights = (of[places.to(of.device)].to(hidden.device) for of in (self._targets, self._token_weights))
         self._found = self._score(hidden[places], targets, weights)
+        total, vocabulary = self._found.total, getattr(self._head, "out_features", None) or len(self._head.weight)
         # no view: FSDP2 wants to hook its outputs
-        self._returned = torch.cat([self._found.total[None], self._found.nll])[None, None].clone()
+        self._returned = torch.cat([total[None], total.new_full((vocabulary - 1,), _MARK)])[None, None].clone()
         return self._returned
 
     def _score(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> LinearNLL:
-        if type(self._head) is nn.Linear and type(self._head.weight) in (nn.Parameter, Tensor):
+        if self._is_plain(hidden):
             weight, bias = self._head.weight, self._head.bias
             return linear_nll(hidden, weight, targets, token_weights=token_weights, bias=bias, stats=self._stats)
-        # an adapter, a quantised or a sharded head knows best what it computes: the logits of these positions are built
         logits = self._original(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nll = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -103,6 +118,14 @@ class ScoringHead:
             entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
         return LinearNLL(total, nll.detach(), entropy, logits.argmax(dim=-1) == targets)
 
+    def _is_plain(self, hidden: Tensor) -> bool:
+        """Whether `linear_nll` may do the head's work; otherwise the logits of these positions are built."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # an adapter, a quantised or a sharded head knows best what it computes; float16 wants scaled gradients
+        is_linear = type(self._head) is nn.Linear and type(self._head.weight) in (nn.Parameter, Tensor)
+        return is_linear and dtype != torch.float16
+
     def read(self, outputs: Any) -> ScoredTargets:
         """
         What was found, from the model's outputs.
@@ -113,17 +136,19 @@ class ScoringHead:
         got = getattr(outputs, "logits", None)
         if self._found is None or got is None:
             raise HeadNotScorableError("The model did not ask its head for logits.")
-        is_same = got.shape == self._returned.shape and torch.allclose(
-            got.detach().to(self._returned), self._returned, rtol=0, atol=0, equal_nan=True
-        )
-        if not is_same:
+        if got.dtype == torch.float16:
+            raise HeadNotScorableError("The model's outputs are cast to float16, in which a scaled loss overflows.")
+        returned = self._returned.detach().to(got)  # FSDP2 casts outputs
+        if got.shape != returned.shape or not torch.allclose(got.detach(), returned, rtol=0, atol=0, equal_nan=True):
             raise HeadNotScorableError(
                 "The model changes its logits after the head (a soft-cap, a scale), so its loss cannot be had there."
             )
         places = self._targets != IGNORE_INDEX
         per_token = (self._found.nll, self._found.entropy, self._found.is_top1)
         laid_out = (None if of is None else of.new_zeros(places.shape).masked_scatter(places, of) for of in per_token)
-        return ScoredTargets(got[0, 0, 0], *laid_out)
+        # the value as exact as it was found, its gradient through the outputs
+        total = self._found.total.detach() + (got[0, 0, 0] - got[0, 0, 0].detach())
+        return ScoredTargets(total, *laid_out)
 
 
 @contextmanager

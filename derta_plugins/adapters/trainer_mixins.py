@@ -24,7 +24,8 @@ from derta_plugins.adapters.scoring_head import (
     HeadNotScorableError,
     ScoredTargets,
     ScoringHead,
-    changes_logits,
+    cannot_score,
+    is_prompt_learning,
     scoring,
 )
 from derta_plugins.core.config import ConfigError, DeRTaConfig
@@ -72,6 +73,8 @@ class DeRTaLogMixin:
             raise ConfigError(
                 "`compute_metrics` needs the logits of separate rows: leave it out, or set layout='rows'."
             )
+        if is_prompt_learning(self.model):
+            raise ConfigError("Virtual tokens have no place in branch rows: set layout='rows', or train with LoRA.")
         self._attention = BranchAttention.of(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -125,6 +128,7 @@ class DeRTaLogMixin:
             expected.detach().float() * factor,
             rtol=1e-4,
             atol=1e-6,
+            equal_nan=True,
             msg=lambda text: f"{self.host_version} changed DeRTa's loss; this version is not supported. {text}",
         )
         self._contract_checked = True
@@ -134,6 +138,12 @@ class DeRTaLogMixin:
         self._sums.pop("eval", None)
         self._eval_prefix = kwargs.get("metric_key_prefix", "eval")
         return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        """The host's, for losses; in the branch layout there are no logits of rows to predict with."""
+        if self._attention is not None and not prediction_loss_only:
+            raise ConfigError("`predict` needs the logits of separate rows: set layout='rows'.")
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _add_to_log(self, sums: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
@@ -187,7 +197,7 @@ class DeRTaLossMixin(DeRTaLogMixin):
             if collator is not None and not isinstance(collator, RowCollator):
                 setattr(self, name, RowCollator(collator, self._derta.layout))
         # a compiled forward pass would be compiled anew at every step
-        self._scores_in_head = not (self.is_loss_fused or self.args.torch_compile or changes_logits(self.model.config))
+        self._scores_in_head = not (self.is_loss_fused or self.args.torch_compile or cannot_score(self.model))
         if self.is_loss_fused:
             logger.warning(
                 "The model computes a fused loss and builds no logits: the loss is DeRTa's, but `mle_loss`, `rto_loss` "
@@ -255,7 +265,8 @@ class DeRTaLossMixin(DeRTaLogMixin):
         if getattr(outputs, "logits", None) is None:
             raise RuntimeError("The model built no logits: turn its fused loss off, or tell DeRTa of it.")
         if self._head is None:
-            self._scored = self._micro_batch.loss(per_token_nll(outputs.logits, labels))
+            # virtual tokens stand before those of the batch
+            self._scored = self._micro_batch.loss(per_token_nll(outputs.logits[:, -labels.shape[1] :], labels))
         else:
             self._scored = self._micro_batch.loss_of_head(self._head.read(outputs))
         return self._scored.loss.clone()  # the host scales it in place

@@ -25,7 +25,7 @@ from derta_plugins.adapters.branch_batch import layout_for
 from derta_plugins.adapters.collator import lay_out, lay_out_branches, row_branch_starts, row_mask
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
 from derta_plugins.adapters.row_datasets import ResampledRows
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, changes_logits
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score
 from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, MicroBatch, check_batch, count_batch
 from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD, NEWEST_TESTED, OLDEST_TESTED, DeRTaSFTConfig
 from derta_plugins.core.config import ConfigError, Layout
@@ -141,7 +141,7 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         # TRL's fused head scores the targets alone on a GPU, but every position on a CPU
         self._scores_in_head = HAS_FUSED_LM_HEAD and self.args.device.type == "cpu" and not self.aux_loss_enabled
-        self._scores_in_head &= not (self.args.torch_compile or changes_logits(self.model.config))
+        self._scores_in_head &= not (self.args.torch_compile or cannot_score(self.model))
         self._check_target_is_in_vocabulary()
         if self.aux_loss_enabled and not HAS_FUSED_LM_HEAD:
             raise ConfigError("Before TRL 1.15 the router loss of a mixture of experts would get lost: upgrade TRL.")
@@ -245,7 +245,8 @@ class _ScoredModel:
 
     def _scored_by_trl(self, kwargs: dict[str, Any]) -> Any:
         outputs = self._model(**kwargs)
-        self.result = self._micro_batch.loss(-outputs.log_probs)
+        # virtual tokens stand before those of the batch
+        self.result = self._micro_batch.loss(-outputs.log_probs[:, -self._micro_batch.label_mask.shape[1] :])
         return outputs
 
     def _scored_in_head(self, kwargs: dict[str, Any]) -> Any:

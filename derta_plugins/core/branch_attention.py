@@ -55,9 +55,10 @@ def branch_rule(
     def sees(batch: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         is_own = (place.segment[batch, query] == place.segment[batch, key]) & (key <= query)
         is_trunk = (place.document[batch, query] == place.document[batch, key]) & (branch_ids[batch, key] == 0)
-        distance = position_ids[batch, query] - position_ids[batch, key]
         seen = is_own | (is_trunk & (position_ids[batch, key] < place.departure[batch, query]))
-        return seen if sliding_window is None else seen & (distance < sliding_window)
+        if sliding_window is None:
+            return seen
+        return seen & (position_ids[batch, query] - position_ids[batch, key] < sliding_window)
 
     return sees
 

@@ -65,7 +65,8 @@ def linear_nll(
         `LinearNLL`, in float32, or float64 where the inputs are. With N = 0 the total is zero, and its gradients too.
 
     Raises:
-        ValueError: If shapes do not fit, or a target is no token (on a GPU too, at the price of one synchronisation).
+        ValueError: If shapes do not fit; if a target is no token (on a GPU too, at the price of one synchronisation);
+            if gradients are wanted in float16, where they would get lost: they are made before the loss is scaled.
 
     Example:
         >>> hidden, weight = torch.ones(2, 3), torch.zeros(8, 3)  # uniform over 8 tokens: log(8) nats each
@@ -78,6 +79,10 @@ def linear_nll(
         half = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(half), weight.to(half)
         bias = None if bias is None else bias.to(half)
+    if not torch.is_grad_enabled():  # a Function is not told, and would make the gradients for nothing
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    elif hidden.dtype == torch.float16:
+        raise ValueError("Gradients in float16 want a scaled loss: train in bfloat16, or build the logits.")
     chunk_size = chunk_size or (CPU_CHUNK_SIZE if hidden.device.type == "cpu" else GPU_CHUNK_SIZE)
     found = _LinearNLL.apply(hidden, weight, bias, targets, token_weights, chunk_size, stats)
     return LinearNLL(*found)

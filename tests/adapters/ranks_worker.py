@@ -4,7 +4,7 @@ the parameters became.
 
     torchrun --nproc_per_node=2 ranks_worker.py OUTPUT KIND
 
-KIND is `ddp`, `fsdp` or `zero2` / `zero3`; for FSDP2 on a CPU see tests/data/fsdp_on_cpu.
+KIND is `ddp`, `fsdp`, `fsdp_bf16` or `zero2` / `zero3`; for FSDP2 on a CPU see tests/data/fsdp_on_cpu.
 """
 
 import json
@@ -70,8 +70,9 @@ def train(output, name, *, kind="ddp", world_size=1):
     options = {**OPTIONS, "per_device_train_batch_size": size, "gradient_accumulation_steps": case.accumulation}
     if world_size > 1 and kind == "ddp":
         options["ddp_backend"] = "gloo"
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         options |= {"fsdp": "full_shard", "fsdp_config": FSDP, "ddp_backend": "gloo"}
+    options["bf16"] = kind.endswith("bf16")
     if kind.startswith("zero"):
         options["deepspeed"] = str(EXAMPLES / f"{kind}.json")
     config = DeRTaConfig(normalization=case.normalization, rto_weight=case.rto_weight, layout=case.layout)
@@ -86,6 +87,7 @@ def train(output, name, *, kind="ddp", world_size=1):
     )
     trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(dataset)
     trainer.train()
+    keep.kinds += ["scored in the head"] * trainer._scores_in_head
     return keep
 
 
@@ -95,7 +97,7 @@ def main():
     kinds = {}
     for name in CASES:
         keep = train(output / "run", name, kind=kind, world_size=2)
-        kinds[name] = [*keep.kinds, keep.optimizer]
+        kinds[name] = [keep.optimizer, *keep.kinds]
         if dist.get_rank() == 0:
             torch.save(keep.parameters, output / f"{name}.pt")
         dist.barrier()

@@ -17,6 +17,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
     T5Config,
 )
@@ -47,6 +48,10 @@ REASONS = {
     "Gemma 3 with images": (Gemma3Config(), "is no plain causal language model"),
     "a config of its own": (OwnConfig(), "is no model of transformers' own"),
     "no config": ({"model_type": "mamba"}, "transformers does not know it"),
+    "Qwen2-MoE, a window in its mask alone": (
+        Qwen2MoeConfig(use_sliding_window=True, sliding_window=16),
+        "qwen2_moe does not tell its attention of its sliding window",
+    ),
     "a router loss": (MixtralConfig(output_router_logits=True), "trains a router loss"),
 }
 
@@ -57,7 +62,9 @@ def test_models_that_cannot_say_why(name):
     assert any(part in why_not(config) for part in reason.split("|")), why_not(config)
 
 
-@pytest.mark.parametrize("config", [*FAMILIES.values(), Phi3Config(), MixtralConfig()], ids=lambda one: one.model_type)
+@pytest.mark.parametrize(
+    "config", [*FAMILIES.values(), Phi3Config(), MixtralConfig(), Qwen2MoeConfig()], ids=lambda one: one.model_type
+)
 def test_models_that_can(config):
     assert why_not(config) == ""
 
@@ -159,6 +166,31 @@ def test_attention_that_segments_do_not_know_is_refused(name, value):
     table = attention.masks(ids, torch.zeros_like(ids), torch.float64)
     with pytest.raises(ConfigError, match=rf"LlamaAttention attends with \['{name}'\], which segments cannot"):
         model(input_ids=ids, position_ids=ids, attention_mask=table, **{name: value})
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused(monkeypatch):
+    """As of models that transformers will bring, which put it into a mask of their own."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.config, "sliding_window", 8, raising=False)
+    attention = BranchAttention.of(model)
+    with pytest.raises(ConfigError, match="a sliding window that it is not told of"):
+        attention.check(model, torch.device("cpu"))
+
+
+def test_a_model_that_fails_with_branch_rows_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    attention = BranchAttention.of(model, "dense")
+    monkeypatch.setattr(model, "forward", lambda **inputs: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"does not take branch rows: set layout='rows'. \(The size of tensor"):
+        attention.check(model, torch.device("cpu"))
+    assert model.training
+
+
+def test_flex_attention_is_not_for_dropout(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.config, "attention_dropout", 0.1)
+    with pytest.raises(ConfigError, match="llama can attend by segments, dense in branch rows, not by flex"):
+        BranchAttention.of(model, "flex")
 
 
 def test_without_a_table_the_model_is_what_it_was(tmp_path):

@@ -1,10 +1,12 @@
 """`DeRTaLossMixin` with branch rows, and its ways to the loss: in the head, from logits, fused by the model."""
 
 import logging
+import math
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from derta_plugins.adapters.scoring_head import ScoringHead
@@ -132,13 +134,57 @@ def test_predictions_have_logits(trainer_of):
     assert predicted.predictions.shape[-1] == VOCABULARY
 
 
+def test_predictions_are_refused_with_branch_rows(trainer_of):
+    trainer = trainer_of("branch")
+    with pytest.raises(ConfigError, match="`predict` needs the logits of separate rows"):
+        trainer.predict(trainer.eval_dataset)
+
+
+VIRTUAL = {
+    "prompts": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefixes": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_are_trained_in_rows(trainer_of, kind):
+    """They are no targets, and move no target."""
+    model = get_peft_model(tiny_llama(VOCABULARY), VIRTUAL[kind])
+    trainer = trainer_of("rows", model=model, learning_rate=0.0)
+    trainer.train()
+    row, sums = rows_of_triples("rows"), {True: [], False: []}
+    with torch.no_grad():
+        for one in row:
+            logits = model(torch.tensor([one["input_ids"]])).logits[0, -len(one["labels"]) :]
+            mask = one["rto_mask"] or [False] * len(one["labels"])
+            for place, (label, is_rto) in enumerate(zip(one["labels"], mask, strict=True)):
+                if place and label != -100:
+                    sums[is_rto].append(-logits[place - 1].log_softmax(dim=-1)[label].item())
+    entry = next(entry for entry in trainer.state.log_history if "rto_loss" in entry)
+    assert entry["mle_loss"] == pytest.approx(sum(sums[False]) / len(sums[False]), rel=1e-5)
+    assert entry["rto_loss"] == pytest.approx(sum(sums[True]) / len(sums[True]), rel=1e-5)
+
+
+def test_virtual_tokens_are_refused_in_branches(trainer_of):
+    with pytest.raises(ConfigError, match="Virtual tokens have no place in branch rows: set layout='rows'"):
+        trainer_of("branch", model=get_peft_model(tiny_llama(VOCABULARY), VIRTUAL["prompts"]))
+
+
+def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_host(trainer_of):
+    model = tiny_llama(VOCABULARY)
+    model.lm_head.weight.data[7] = float("nan")
+    trainer = trainer_of("rows", model=model)
+    trainer.train()
+    assert math.isnan(trainer.state.log_history[0]["mle_loss"])
+
+
 @pytest.mark.parametrize("is_known", [True, False], ids=["known beforehand", "noticed"])
 def test_a_model_that_changes_its_logits_is_trained_from_them(trainer_of, caplog, monkeypatch, is_known):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, **size))
     if not is_known:
-        monkeypatch.setattr("derta_plugins.adapters.trainer_mixins.changes_logits", lambda config: False)
+        monkeypatch.setattr("derta_plugins.adapters.scoring_head.changes_logits", lambda config: False)
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of("rows", model=model)
         trainer.train()

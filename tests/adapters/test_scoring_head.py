@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, changes_logits, scoring
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score, changes_logits, scoring
 from derta_plugins.core.constants import IGNORE_INDEX
 from tests.adapters.tiny_models import SIZE, VOCABULARY, all_in_float64, tiny_model
 
@@ -121,6 +121,69 @@ def test_a_model_that_changes_its_logits_is_noticed(make):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3, tied"])
 def test_models_that_leave_their_logits_alone_are_known(name):
     assert not changes_logits(MODELS[name]().config)
+
+
+AFTER_HEAD = {
+    "a soft-cap": lambda logits: 30 * torch.tanh(logits / 30),
+    "a factor": lambda logits: 1.01 * logits,
+    "entries left out": lambda logits: logits[..., :45],
+    "entries forbidden": lambda logits: logits.index_fill(-1, torch.tensor([3, 7]), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("targets_left", [9, 0])
+@pytest.mark.parametrize("name", AFTER_HEAD)
+def test_a_change_that_no_config_tells_is_noticed_on_every_rank(name, targets_left, dtype):
+    """Whether a rank has targets or not, or ranks would go different ways, and wait for one another."""
+    model = tiny_model("llama").to(dtype)
+    ids, targets, token_weights = make_batch(targets_left)
+    with scoring(model, targets, token_weights) as head:
+        outputs = model(input_ids=ids)
+    outputs.logits = AFTER_HEAD[name](outputs.logits.to(dtype))
+    with pytest.raises(HeadNotScorableError, match="changes its logits after the head"):
+        head.read(outputs)
+
+
+@pytest.mark.parametrize("targets_left", [9, 0])
+def test_outputs_cast_to_half_precision_cost_the_total_nothing(targets_left):
+    """As FSDP2 casts them."""
+    model = tiny_model("llama").float()
+    ids, targets, token_weights = make_batch(targets_left)
+    expected = loss_of_head(model, ids, targets, token_weights).total
+    with scoring(model, targets, token_weights) as head:
+        outputs = model(input_ids=ids)
+    outputs.logits = outputs.logits.bfloat16()
+    total = head.read(outputs).total
+    assert torch.equal(total, expected)
+    parameters = list(model.parameters())
+    for ours, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (total, expected)), strict=True):
+        assert torch.equal(ours, wanted)
+    outputs.logits = outputs.logits.half()
+    with pytest.raises(HeadNotScorableError, match="cast to float16"):
+        head.read(outputs)
+
+
+def test_gradients_in_float16_are_those_of_a_scaled_loss():
+    """At half a million targets a step: one of them is less than float16 has, before the loss is scaled."""
+    scale, weight = 65536.0, 2.0**-19
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model("llama").float()
+        ids, targets, _ = make_batch()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            found = loss_of_head(model, ids, targets, torch.full((2, 8), weight))
+        (scale * found.total).backward()
+        gradients[dtype] = model.lm_head.weight.grad / scale
+    assert gradients[torch.float16].isfinite().all()
+    error = (gradients[torch.float16] - gradients[torch.float32]).norm()
+    assert error < 0.02 * gradients[torch.float32].norm()
+
+
+def test_virtual_tokens_are_known_beforehand():
+    plain, prompt = tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert not cannot_score(plain)
+    assert cannot_score(get_peft_model(plain, prompt))
 
 
 def test_a_loss_that_is_not_a_number_is_no_changed_logit():

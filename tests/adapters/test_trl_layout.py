@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from derta_plugins.adapters.scoring_head import HeadNotScorableError
@@ -144,6 +145,23 @@ def test_a_model_that_is_loaded_by_name_is_asked_first(tmp_path, user_folder, ca
         tmp_path / "out", trainer_options=ONLY_SAFETY, model=str(user_folder / "my-model"), layout="branch"
     )
     assert trainer.row_counts.branch_rows == 6
+
+
+def test_predictions_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_options=ONLY_SAFETY, layout="branch")
+    with pytest.raises(ConfigError, match="`predict` needs the logits of separate rows"):
+        trainer.predict(trainer.train_dataset)
+
+
+def test_virtual_tokens_are_trained_in_rows(tmp_path):
+    losses = {}
+    for name, virtual in (("without", None), ("with", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))):
+        model = tiny_llama(len(byte_level_bpe()))
+        model = model if virtual is None else get_peft_model(model, virtual)
+        losses[name], _ = step(tmp_path / name, model=model, num_prefixes=1)
+    for name in ("mle_tokens", "rto_tokens"):
+        assert logged(losses["with"], name) == logged(losses["without"], name)
+    assert logged(losses["with"], "rto_loss")[0] == pytest.approx(logged(losses["without"], "rto_loss")[0], rel=0.05)
 
 
 def test_metrics_of_logits_are_refused(tmp_path):

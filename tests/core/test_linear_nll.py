@@ -202,3 +202,23 @@ def test_wrong_inputs_are_refused(change, message):
     inputs = {**dict(zip(names, make(), strict=True)), **change}
     with pytest.raises(ValueError, match=message):
         linear_nll(inputs.pop("hidden"), inputs.pop("weight"), inputs.pop("targets"), **inputs)
+
+
+def test_without_gradients_none_are_made(monkeypatch):
+    hidden, weight, bias, targets, token_weights = make()
+    with torch.no_grad():
+        found = linear_nll(hidden, weight, targets, token_weights=token_weights, bias=bias)
+        monkeypatch.setattr("derta_plugins.core.linear_nll._Chunks._add_gradients", None)
+        again = linear_nll(hidden, weight, targets, token_weights=token_weights, bias=bias)
+    assert torch.equal(found.total, again.total)
+    assert not found.total.requires_grad
+
+
+@pytest.mark.parametrize("is_autocast", [True, False], ids=["autocast", "weights"])
+def test_gradients_in_float16_are_refused(is_autocast):
+    hidden, weight, _, targets, token_weights = make(torch.float32 if is_autocast else torch.float16)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=is_autocast):
+        with pytest.raises(ValueError, match="train in bfloat16"):
+            linear_nll(hidden, weight, targets, token_weights=token_weights)
+        with torch.no_grad():
+            assert linear_nll(hidden, weight, targets, token_weights=token_weights).total.isfinite()
