@@ -4,6 +4,8 @@ import re
 import sys
 from importlib.util import find_spec
 
+import pytest
+
 from tests.readme_blocks import ROOT, run
 
 HOST = next(host for host in ("axolotl", "llamafactory", "trl") if find_spec(host))
@@ -32,6 +34,23 @@ def test_ways_through_the_head_are_measured():
     ways = {cells[1]: float(cells[2]) for cells in (line.strip("| ").split(" | ") for line in text.splitlines()[4:])}
     assert {"products", "all logits", "linear_nll, chunks of 256"} < set(ways)
     assert min(ways.values()) > 0
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="comes with the demo")
+def test_the_picture_is_that_of_the_tables(tmp_path):
+    from matplotlib import rc_context
+
+    from tests.benchmarks.picture import HERE, draw, steps_of
+
+    steps = steps_of((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+    assert len(steps) == 3 * (1 + 3 + 3)
+    with rc_context({"svg.fonttype": "none"}):
+        draw(steps).savefig(tmp_path / "new.svg")
+    texts = [
+        re.findall(r"<text[^>]*>([^<]+)<", path.read_text()) for path in (tmp_path / "new.svg", HERE / "RESULTS.svg")
+    ]
+    assert texts[0] == texts[1]
+    assert f"{steps['8k', '64/256/96', '1']['branch'][0]:.1f}" in texts[0]
 
 
 def test_steps_of_the_host_are_compared_at_the_same_loss():
