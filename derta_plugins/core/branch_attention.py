@@ -164,7 +164,6 @@ class _Places:
     @classmethod
     def of(cls, position_ids: Tensor, branch_ids: Tensor) -> _Places:
         starts_document = (position_ids == 0) & (branch_ids == 0)
-        starts_document[:, 0] = True
         starts_segment = starts_document.clone()
         starts_segment[:, 1:] |= branch_ids[:, 1:] != branch_ids[:, :-1]
         places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)

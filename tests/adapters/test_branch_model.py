@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2MoeConfig,
+    Qwen3Config,
     Qwen3NextConfig,
     T5Config,
 )
@@ -95,6 +96,12 @@ def test_each_model_attends_in_the_best_way_it_can():
         BranchAttention.of(tiny_model("gemma2"), "segments")
 
 
+def test_segments_are_not_for_a_soft_cap(monkeypatch):
+    model = tiny_model("gemma3")
+    monkeypatch.setattr(model.config, "attn_logit_softcapping", 30.0)
+    assert BranchAttention.of(model).way == "dense"
+
+
 def test_segments_and_flex_want_one_row_and_dense_takes_a_batch():
     model = tiny_model("llama")
     assert [BranchAttention.of(model, way).flattens for way in ("segments", "flex", "dense")] == [True, True, False]
@@ -156,6 +163,16 @@ def test_masks_for_each_kind_of_layer():
     assert full.dtype == torch.float64
 
 
+def test_a_window_that_no_layer_has_is_none():
+    config = Qwen3Config(**{**SIZE, "num_hidden_layers": 2}, use_sliding_window=True, sliding_window=8)
+    assert set(config.layer_types) == {"full_attention"}
+    position_ids, branch_ids = (torch.tensor([ids]) for ids in positions([0] * 12 + [12, 0, 0]))
+    with_window, without = (
+        BranchAttention("dense", of).masks(position_ids, branch_ids, torch.float64) for of in (config, LlamaConfig())
+    )
+    assert torch.equal(with_window, without)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("softcap", 1.0), ("s_aux", 1.0), ("position_bias", 1.0), ("is_causal", False)]
 )
@@ -173,7 +190,9 @@ def test_a_window_that_attention_is_not_told_of_is_refused(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(model.config, "sliding_window", 8, raising=False)
     attention = BranchAttention.of(model)
-    with pytest.raises(ConfigError, match="a sliding window that it is not told of"):
+    with pytest.raises(
+        ConfigError, match=r"^LlamaAttention attends with \['a sliding window that it is not told of'\]"
+    ):
         attention.check(model, torch.device("cpu"))
 
 

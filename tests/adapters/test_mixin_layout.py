@@ -7,8 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
 
+from derta_plugins.adapters.branch_model import SEGMENTS
 from derta_plugins.adapters.scoring_head import ScoringHead
 from derta_plugins.core.branch_layout import fold_rows
 from derta_plugins.core.chat import TokenizedTriple
@@ -107,6 +108,20 @@ def test_metrics_of_logits_are_refused_with_branch_rows(trainer_of):
     trainer.compute_metrics = len
     with pytest.raises(ConfigError, match="`compute_metrics` needs the logits of separate rows"):
         trainer._finish_layout()
+
+
+def test_attention_that_another_tool_changed_is_noticed_before_the_first_step(trainer_of, monkeypatch):
+    trainer = trainer_of("branch")
+    before = parameters_of(trainer)
+    causal = AttentionInterface()["sdpa"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        SEGMENTS,
+        lambda module, query, key, value, mask, **options: causal(module, query, key, value, None, **options),
+    )
+    with pytest.raises(ConfigError, match="does not attend as branch rows need it"):
+        trainer.train()
+    assert torch.equal(parameters_of(trainer), before)
 
 
 def test_a_batch_without_branch_ids_is_refused(trainer_of):

@@ -1,5 +1,7 @@
 """Targets scored in a model's head: the loss and gradients of full logits, for any head, and nothing left behind."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -153,12 +155,14 @@ def test_outputs_cast_to_half_precision_cost_the_total_nothing(targets_left):
     expected = loss_of_head(model, ids, targets, token_weights).total
     with scoring(model, targets, token_weights) as head:
         outputs = model(input_ids=ids)
-    outputs.logits = outputs.logits.bfloat16()
+    outputs.logits, seen = outputs.logits.bfloat16(), []
+    outputs.logits.register_hook(lambda gradient: seen.append(gradient[0, 0, 0].item()))
     total = head.read(outputs).total
     assert torch.equal(total, expected)
     parameters = list(model.parameters())
     for ours, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (total, expected)), strict=True):
         assert torch.equal(ours, wanted)
+    assert seen == [1.0]  # through the outputs, which sharded models watch
     outputs.logits = outputs.logits.half()
     with pytest.raises(HeadNotScorableError, match="cast to float16"):
         head.read(outputs)
@@ -216,6 +220,28 @@ def test_a_weight_of_another_kind_is_left_to_its_own_head():
         wanted, got = (torch.autograd.grad(loss, embedding)[0] for loss in (expected, found.total))
     torch.testing.assert_close(found.nll, nll, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+class _Doubled(nn.Linear):
+    """A head that does more than its class."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_head_of_another_kind_is_left_to_itself(dtype):
+    model = tiny_model("llama")
+    model.lm_head.__class__ = _Doubled
+    model, batch = model.to(dtype), make_batch()
+    with all_in_float64() if dtype == torch.float64 else nullcontext():
+        expected, nll, _ = loss_of_logits(model, *batch)
+        found = loss_of_head(model, *batch)
+    exact = dtype == torch.float64
+    assert found.total.dtype == (torch.float64 if exact else torch.float32)
+    options = {"rtol": 1e-12 if exact else 2e-2, "atol": 1e-12 if exact else 2e-2, "check_dtype": False}
+    torch.testing.assert_close(found.nll, nll, **options)
+    torch.testing.assert_close(found.total, expected, **options)
 
 
 def test_the_head_is_its_own_again_afterwards():

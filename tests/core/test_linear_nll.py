@@ -195,6 +195,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once():
         ({"bias": torch.zeros(V + 1)}, r"`bias` must have the shape \(29,\), got \(30,\)"),
         ({"targets": torch.full((N,), V)}, r"`targets` must be in \[0, 29\), got 29 to 29"),
         ({"targets": torch.full((N,), -100)}, r"`targets` must be in \[0, 29\), got -100 to -100"),
+        ({"targets": torch.full((N,), -1)}, r"`targets` must be in \[0, 29\), got -1 to -1"),
     ],
 )
 def test_wrong_inputs_are_refused(change, message):
