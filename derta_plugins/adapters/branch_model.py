@@ -143,7 +143,7 @@ class BranchAttention:
                 model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
                 for ids, options in ((folded, given), ([*trunk[:parent_end], *branch], {}), ([*trunk, *branch], {}))
             ]
-        except ConfigError:
+        except (ConfigError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"This model does not take branch rows: set layout='rows'. ({error})") from error

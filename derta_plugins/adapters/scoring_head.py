@@ -30,8 +30,8 @@ _AFTER_HEAD = {
     "output_logit_soft_cap": None,
     "unpadded_vocab_size": None,
 }
-# What a changed logit shows by: exact in half precision, beyond any soft-cap, and not zero.
-_MARK = 1024.0
+# What a changed logit shows by, on every rank alike: exact in half precision, large, small, of both signs.
+_MARKS = (1024.0, 2.0**-7, -1024.0, 255 / 128)
 
 
 class HeadNotScorableError(RuntimeError):
@@ -56,14 +56,14 @@ class ScoredTargets:
     is_top1: Tensor | None = None
 
 
-def changes_logits(config: Any) -> bool:
+def logit_changes(config: Any) -> set[str]:
     """
-    Whether a model of `config` is known to change its logits after the head.
+    What of a `config` tells that its model changes its logits after the head; empty where nothing is known.
 
     Known beforehand it is the same on every rank. What is not known is noticed at the first step (`ScoringHead.read`).
     """
     text_config = config.get_text_config()
-    return any(getattr(text_config, name, None) not in (None, neutral) for name, neutral in _AFTER_HEAD.items())
+    return {name for name, neutral in _AFTER_HEAD.items() if getattr(text_config, name, None) not in (None, neutral)}
 
 
 def is_prompt_learning(model: Any) -> bool:
@@ -73,7 +73,9 @@ def is_prompt_learning(model: Any) -> bool:
 
 def cannot_score(model: Any) -> bool:
     """Whether it is known beforehand, on every rank alike, that the head of `model` cannot score its targets."""
-    return changes_logits(model.config) or is_prompt_learning(model)
+    # a compiled forward pass would be compiled anew at every step
+    is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    return bool(logit_changes(model.config)) or is_prompt_learning(model) or is_compiled
 
 
 class ScoringHead:
@@ -81,12 +83,12 @@ class ScoringHead:
 
     def __init__(self, head: nn.Module, targets: Tensor, token_weights: Tensor, *, stats: bool) -> None:
         self._head, self._targets, self._token_weights, self._stats = head, targets, token_weights, stats
-        self._original, self._returned, self._found = head.forward, None, None
+        self._original, self._marks, self._found, self._is_read = head.forward, None, None, False
 
     @property
-    def has_scored(self) -> bool:
-        """Whether the model has asked for the loss."""
-        return self._found is not None
+    def awaits_reading(self) -> bool:
+        """Whether the head has answered, and what the model made of that was not read yet."""
+        return self._found is not None and not self._is_read
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(1, 1, V): the total, and marks, so that it has the shape of logits and shows what is done to them."""
@@ -97,11 +99,11 @@ class ScoringHead:
             )
         places = (self._targets != IGNORE_INDEX).to(hidden.device)
         targets, weights = (of[places.to(of.device)].to(hidden.device) for of in (self._targets, self._token_weights))
-        self._found = self._score(hidden[places], targets, weights)
+        self._found, self._is_read = self._score(hidden[places], targets, weights), False
         total, vocabulary = self._found.total, getattr(self._head, "out_features", None) or len(self._head.weight)
+        self._marks = total.detach().new_tensor(_MARKS).repeat(vocabulary // len(_MARKS) + 1)[: vocabulary - 1]
         # no view: FSDP2 wants to hook its outputs
-        self._returned = torch.cat([total[None], total.new_full((vocabulary - 1,), _MARK)])[None, None].clone()
-        return self._returned
+        return torch.cat([total[None], self._marks])[None, None].clone()
 
     def _score(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> LinearNLL:
         if self._is_plain(hidden):
@@ -131,23 +133,25 @@ class ScoringHead:
         What was found, from the model's outputs.
 
         Raises:
-            HeadNotScorableError: If the model did not call its head, or changed what it returned.
+            HeadNotScorableError: If the model did not call its head, or changed what it returned, by more than the
+                rounding of its outputs.
         """
-        got = getattr(outputs, "logits", None)
+        self._is_read, got = True, getattr(outputs, "logits", None)
         if self._found is None or got is None:
             raise HeadNotScorableError("The model did not ask its head for logits.")
         if got.dtype == torch.float16:
             raise HeadNotScorableError("The model's outputs are cast to float16, in which a scaled loss overflows.")
-        returned = self._returned.detach().to(got)  # FSDP2 casts outputs
-        if got.shape != returned.shape or not torch.allclose(got.detach(), returned, rtol=0, atol=0, equal_nan=True):
+        # of the marks alone, whatever a rank's total is; they are exact in bfloat16, to which FSDP2 casts outputs
+        if got.shape != (1, 1, len(self._marks) + 1) or not torch.equal(got[0, 0, 1:].detach(), self._marks.to(got)):
             raise HeadNotScorableError(
                 "The model changes its logits after the head (a soft-cap, a scale), so its loss cannot be had there."
             )
         places = self._targets != IGNORE_INDEX
         per_token = (self._found.nll, self._found.entropy, self._found.is_top1)
         laid_out = (None if of is None else of.new_zeros(places.shape).masked_scatter(places, of) for of in per_token)
-        # the value as exact as it was found, its gradient through the outputs
-        total = self._found.total.detach() + (got[0, 0, 0] - got[0, 0, 0].detach())
+        total = got[0, 0, 0].to(self._found.total.dtype, copy=True)
+        with torch.no_grad():  # the value as exact as it was found; its gradient goes through the outputs
+            total.copy_(self._found.total)
         return ScoredTargets(total, *laid_out)
 
 
@@ -163,7 +167,8 @@ def scoring(model: Any, targets: Tensor, token_weights: Tensor, *, stats: bool =
         stats: Also find entropy and accuracy.
 
     Raises:
-        HeadNotScorableError: If the model has no head of its own, or is scoring already.
+        HeadNotScorableError: If the model has no head of its own, or is scoring already, or fails with what its head
+            returns (it may want the shape of its inputs).
     """
     head = model.get_output_embeddings()
     if head is None or "forward" in vars(head):
@@ -173,5 +178,9 @@ def scoring(model: Any, targets: Tensor, token_weights: Tensor, *, stats: bool =
     head.forward = scored.forward
     try:
         yield scored
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not scored.awaits_reading or isinstance(error, HeadNotScorableError | torch.OutOfMemoryError):
+            raise
+        raise HeadNotScorableError(f"The model takes no loss from its head for logits: {error}") from error
     finally:
         del head.forward

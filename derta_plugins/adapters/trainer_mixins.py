@@ -227,18 +227,14 @@ class DeRTaLossMixin(DeRTaLogMixin):
         self._micro_batch, self._scored = MicroBatch.of(inputs["labels"], rto_mask, counts, self._derta), None
         result = self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._scored is None:
-            raise RuntimeError(self._not_computed)
+            raise RuntimeError(f"{self.host_version} did not compute DeRTa's loss; this version is not supported.")
         self._check_contract(self._scored.loss, result[0] if return_outputs else result, is_step=is_step)
         self._add_to_log(self._scored.sums)
         return result
 
-    @property
-    def _not_computed(self) -> str:
-        return f"{self.host_version} did not compute DeRTa's loss; this version is not supported."
-
     def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
         """The host's `compute_loss`, with the targets scored in the model's head where logits are not asked for."""
-        self._head, self._was_asked = None, False
+        self._head = None
         if self._scores_in_head and (self.model.training or self._is_loss_only):
             try:
                 with self._micro_batch.scoring(self.model) as self._head:
@@ -246,10 +242,6 @@ class DeRTaLossMixin(DeRTaLogMixin):
             except HeadNotScorableError as reason:
                 logger.warning("DeRTa's loss is taken from full logits, which costs memory: %s", reason)
                 self._scores_in_head, self._head = False, None
-            except (ValueError, RuntimeError) as error:
-                if self._head.has_scored and not self._was_asked:  # the host took what the head returned for logits
-                    raise RuntimeError(self._not_computed) from error
-                raise
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
@@ -261,7 +253,6 @@ class DeRTaLossMixin(DeRTaLogMixin):
 
     def _score(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """`Trainer`'s `compute_loss_func`."""
-        self._was_asked = True
         if getattr(outputs, "logits", None) is None:
             raise RuntimeError("The model built no logits: turn its fused loss off, or tell DeRTa of it.")
         if self._head is None:

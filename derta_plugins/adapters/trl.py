@@ -25,9 +25,15 @@ from derta_plugins.adapters.branch_batch import layout_for
 from derta_plugins.adapters.collator import lay_out, lay_out_branches, row_branch_starts, row_mask
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
 from derta_plugins.adapters.row_datasets import ResampledRows
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score, logit_changes
 from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, MicroBatch, check_batch, count_batch
-from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD, NEWEST_TESTED, OLDEST_TESTED, DeRTaSFTConfig
+from derta_plugins.adapters.trl_config import (
+    FUSED_HEAD_KNOWS,
+    HAS_FUSED_LM_HEAD,
+    NEWEST_TESTED,
+    OLDEST_TESTED,
+    DeRTaSFTConfig,
+)
 from derta_plugins.core.config import ConfigError, Layout
 from derta_plugins.core.losses import per_token_nll
 from derta_plugins.hookspecs import Adapter, hookimpl
@@ -142,6 +148,7 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
         # TRL's fused head scores the targets alone on a GPU, but every position on a CPU
         self._scores_in_head = HAS_FUSED_LM_HEAD and self.args.device.type == "cpu" and not self.aux_loss_enabled
         self._scores_in_head &= not (self.args.torch_compile or cannot_score(self.model))
+        self._needs_logits = bool(logit_changes(self.model.config) - FUSED_HEAD_KNOWS)
         self._check_target_is_in_vocabulary()
         if self.aux_loss_enabled and not HAS_FUSED_LM_HEAD:
             raise ConfigError("Before TRL 1.15 the router loss of a mixture of experts would get lost: upgrade TRL.")
@@ -229,7 +236,7 @@ class _ScoredModel:
     def __call__(self, **kwargs: Any) -> Any:
         kwargs = self._trainer._with_masks(kwargs)
         if kwargs.get("fused_lm_head"):
-            outputs = self._scored_in_head(kwargs) or self._scored_by_trl(kwargs)
+            outputs = self._scored_in_head(kwargs) or self._scored_from_logits(kwargs) or self._scored_by_trl(kwargs)
             # without a count for the step (evaluation), TRL divides by the targets of the batch
             divisor = 1 if self._is_step else outputs.label_mask.sum().clamp(min=1)
             outputs.log_probs = -self.result.loss * divisor
@@ -249,6 +256,21 @@ class _ScoredModel:
         self.result = self._micro_batch.loss(-outputs.log_probs[:, -self._micro_batch.label_mask.shape[1] :])
         return outputs
 
+    def _scored_from_logits(self, kwargs: dict[str, Any]) -> Any:
+        """What TRL reads, from full logits, which a model may change as it likes; None where TRL's head is right."""
+        if not self._trainer._needs_logits:
+            return None
+        labels, mask = kwargs["labels"], self._micro_batch.label_mask
+        outputs = self._model(**{name: value for name, value in kwargs.items() if name != "fused_lm_head"})
+        logits = outputs.logits[:, -labels.shape[1] :]
+        self.result = self._micro_batch.loss(per_token_nll(logits, labels))
+        with torch.no_grad():
+            log_probs = logits[:, :-1].float().log_softmax(dim=-1)
+            outputs.entropy = -(log_probs.exp() * log_probs).sum(dim=-1) * mask
+            outputs.is_top1 = (log_probs.argmax(dim=-1) == labels[:, 1:]) & mask
+        outputs.label_mask = mask
+        return outputs
+
     def _scored_in_head(self, kwargs: dict[str, Any]) -> Any:
         """What TRL reads of its outputs, from our own head; None where TRL's is to be used."""
         if not self._trainer._scores_in_head:
@@ -258,8 +280,8 @@ class _ScoredModel:
             with self._micro_batch.scoring(self._trainer.model, stats=True) as head:
                 found = head.read(self._model(**kwargs))
         except HeadNotScorableError as reason:
-            logger.info("The loss is left to TRL's fused head: %s", reason)
-            self._trainer._scores_in_head = False
+            logger.warning("DeRTa's loss is taken from full logits, which costs memory: %s", reason)
+            self._trainer._scores_in_head, self._trainer._needs_logits = False, True
             return None
         self.result = self._micro_batch.loss_of_head(found)
         return SimpleNamespace(label_mask=self._micro_batch.label_mask, entropy=found.entropy, is_top1=found.is_top1)

@@ -31,6 +31,14 @@ if Version(trl.__version__) < Version(OLDEST_TESTED):
 
 # From 1.15 on SFTTrainer has the model score its targets without building logits; before, the logits are built.
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.15.0")
+# What that head does to logits as the model would; for anything else the loss is taken from the model's own logits.
+FUSED_HEAD_KNOWS = {
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+}
 
 
 def _knob(name: str, help_text: str) -> Any:

@@ -132,7 +132,8 @@ class _Chunks:
             self.is_top1[rows] = scores.argmax(dim=1) == targets[rows]
         highest = scores.amax(dim=1, keepdim=True)
         scores.sub_(highest)
-        shifted = scores.clone() if stats else None
+        # a bias of minus infinity has a probability of zero, and no part in the entropy
+        shifted = scores.clamp(min=torch.finfo(self._dtype).min) if stats else None
         total = scores.exp_().sum(dim=1, keepdim=True)
         self.nll[rows] = (total.log() + highest - at_target)[:, 0]
         if stats:

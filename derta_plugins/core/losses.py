@@ -254,7 +254,7 @@ def token_weights(
         rto_weight: As in `derta_loss`.
 
     Returns:
-        (B, T) float64, zero where there is no target.
+        (B, T) float64 (float32 on MPS), zero where there is no target.
 
     Example:
         >>> weights = token_weights(torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]]),
@@ -262,7 +262,8 @@ def token_weights(
         >>> weights.tolist()
         [[0.25, 0.125, 0.0]]
     """
-    mle_denominator, rto_denominator = _denominators(counts.double(), normalization)
+    exact = torch.float32 if counts.device.type == "mps" else torch.float64  # which MPS has not
+    mle_denominator, rto_denominator = _denominators(counts.to(exact), normalization)
     weights = torch.where(rto_mask.bool(), rto_weight / rto_denominator, 1 / mle_denominator)
     return torch.where(target_mask.bool(), weights, torch.zeros_like(weights))
 

@@ -1,5 +1,6 @@
 """`DeRTaLossMixin` with branch rows, and its ways to the loss: in the head, from logits, fused by the model."""
 
+import functools
 import logging
 import math
 
@@ -199,13 +200,31 @@ def test_a_model_that_changes_its_logits_is_trained_from_them(trainer_of, caplog
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, **size))
     if not is_known:
-        monkeypatch.setattr("derta_plugins.adapters.scoring_head.changes_logits", lambda config: False)
+        monkeypatch.setattr("derta_plugins.adapters.scoring_head.logit_changes", lambda config: set())
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of("rows", model=model)
         trainer.train()
     assert ("taken from full logits" in caplog.text) != is_known
     assert not trainer._scores_in_head
     assert trainer.state.log_history[0]["rto_loss"] > 0
+
+
+def test_a_model_that_reshapes_its_logits_is_trained_from_them(trainer_of, caplog):
+    model = tiny_llama(VOCABULARY)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def reshaped(*args, input_ids=None, **kwargs):
+        outputs = forward(*args, input_ids=input_ids, **kwargs)
+        outputs.logits = outputs.logits.view(*input_ids.shape, -1)
+        return outputs
+
+    model.forward = reshaped
+    plain, trainer = trainer_of("rows"), trainer_of("rows", model=model)
+    for one in (plain, trainer):
+        one.train()
+    assert "The model takes no loss from its head for logits" in caplog.text
+    assert (parameters_of(plain) - parameters_of(trainer)).norm() < 1e-6 * parameters_of(plain).norm()
 
 
 def test_the_loss_from_logits_is_the_same(trainer_of):

@@ -8,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score, changes_logits, scoring
+from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score, logit_changes, scoring
 from derta_plugins.core.constants import IGNORE_INDEX
 from tests.adapters.tiny_models import SIZE, VOCABULARY, all_in_float64, tiny_model
 
@@ -114,7 +114,7 @@ def test_the_vocabulary_meets_supervised_positions_alone():
 )
 def test_a_model_that_changes_its_logits_is_noticed(make):
     model = make()
-    assert changes_logits(model.config)
+    assert logit_changes(model.config)
     with all_in_float64(), pytest.raises(HeadNotScorableError, match="changes its logits after the head"):
         loss_of_head(model, *make_batch())
     assert "forward" not in vars(model.get_output_embeddings())
@@ -122,12 +122,15 @@ def test_a_model_that_changes_its_logits_is_noticed(make):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3, tied"])
 def test_models_that_leave_their_logits_alone_are_known(name):
-    assert not changes_logits(MODELS[name]().config)
+    assert not logit_changes(MODELS[name]().config)
 
 
 AFTER_HEAD = {
     "a soft-cap": lambda logits: 30 * torch.tanh(logits / 30),
     "a factor": lambda logits: 1.01 * logits,
+    "a factor in place": lambda logits: logits.mul_(3),
+    "a bias": lambda logits: logits + torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype),
+    "a floor in place": lambda logits: logits.clamp_(min=-20),
     "entries left out": lambda logits: logits[..., :45],
     "entries forbidden": lambda logits: logits.index_fill(-1, torch.tensor([3, 7]), -torch.inf),
 }
@@ -145,6 +148,52 @@ def test_a_change_that_no_config_tells_is_noticed_on_every_rank(name, targets_le
     outputs.logits = AFTER_HEAD[name](outputs.logits.to(dtype))
     with pytest.raises(HeadNotScorableError, match="changes its logits after the head"):
         head.read(outputs)
+
+
+@pytest.mark.parametrize("targets_left", [9, 0])
+def test_the_marks_decide_alone(targets_left):
+    """Not the total, which ranks do not share: it may be rounded where the marks are not."""
+    model = tiny_model("llama").float()
+    ids, targets, token_weights = make_batch(targets_left)
+    with scoring(model, targets, token_weights) as head:
+        outputs = model(input_ids=ids)
+    outputs.logits = outputs.logits.bfloat16().float()
+    expected = loss_of_head(model, ids, targets, token_weights).total
+    assert torch.equal(head.read(outputs).total, expected)
+
+
+def fail_while_scoring(model, error, *, is_answered=False, is_read=False):
+    ids, targets, token_weights = make_batch()
+    with scoring(model, targets, token_weights) as head:
+        outputs = model(input_ids=ids) if is_answered else None
+        if is_read:
+            head.read(outputs)
+        raise error
+
+
+def test_a_model_that_fails_with_its_heads_answer_is_not_scorable():
+    model = tiny_model("llama")
+    reshape = RuntimeError("shape '[2, 8, 60]' is invalid for input of size 60")
+    with pytest.raises(HeadNotScorableError, match=r"takes no loss from its head for logits: shape '\[2, 8, 60\]'"):
+        fail_while_scoring(model, reshape, is_answered=True)
+    for error, options in (
+        (reshape, {}),  # before the head
+        (reshape, {"is_answered": True, "is_read": True}),
+        (torch.OutOfMemoryError("full"), {"is_answered": True}),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            fail_while_scoring(model, error, **options)
+        assert caught.value is error
+
+
+def test_an_infinite_loss_stays_one():
+    model = tiny_model("llama")
+    model.lm_head.bias = nn.Parameter(torch.zeros(VOCABULARY, dtype=torch.float64))
+    ids, targets, token_weights = make_batch()
+    model.lm_head.bias.data[targets[targets != IGNORE_INDEX][0]] = -torch.inf
+    found = loss_of_head(model, ids, targets, token_weights, stats=True)
+    assert found.total == torch.inf
+    assert found.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize("targets_left", [9, 0])
@@ -184,7 +233,10 @@ def test_gradients_in_float16_are_those_of_a_scaled_loss():
     assert error < 0.02 * gradients[torch.float32].norm()
 
 
-def test_virtual_tokens_are_known_beforehand():
+def test_what_cannot_be_scored_is_known_beforehand():
+    compiled = tiny_model("llama")
+    compiled.compile()
+    assert cannot_score(compiled)
     plain, prompt = tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     assert not cannot_score(plain)
     assert cannot_score(get_peft_model(plain, prompt))
@@ -259,13 +311,13 @@ def test_misuse_is_refused():
     model = tiny_model("llama")
     ids, targets, token_weights = make_batch()
     with scoring(model, targets, token_weights) as head:
-        assert not head.has_scored
+        assert not head.awaits_reading
         with pytest.raises(HeadNotScorableError, match="did not ask its head"):
             head.read(object())
         with pytest.raises(HeadNotScorableError, match="another tool replaced"), scoring(model, targets, token_weights):
             pass
         model(input_ids=ids)
-        assert head.has_scored
+        assert head.awaits_reading
         with pytest.raises(HeadNotScorableError, match="called once"):
             model(input_ids=ids)
     with scoring(model, targets, token_weights), pytest.raises(HeadNotScorableError, match=r"got \(1, 8, 32\)"):

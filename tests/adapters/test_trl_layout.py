@@ -4,10 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
-from derta_plugins.adapters.scoring_head import HeadNotScorableError
-from derta_plugins.adapters.trainer_mixins import MicroBatch
 from derta_plugins.adapters.trl import DeRTaDataCollator
 from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD
 from derta_plugins.core.config import ConfigError
@@ -66,17 +64,43 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path):
     assert relative_difference(whole, split) < 1e-6
 
 
-def refuse(*args, **kwargs):
-    raise HeadNotScorableError("not here")
-
-
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="before TRL 1.15 there is no fused head to leave the loss to")
 def test_trls_own_head_gives_the_same_step(tmp_path, monkeypatch):
     """What trains on a GPU, where the loss is left to TRL's fused head."""
     _, expected = step(tmp_path / "ours", layout="branch")
-    monkeypatch.setattr(MicroBatch, "scoring", refuse)
+    monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model: True)
     _, parameters = step(tmp_path / "trl", layout="branch")
     assert relative_difference(expected, parameters) < 1e-6
+
+
+class Scaled(LlamaForCausalLM):
+    """Its logits are three times what its head makes."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits *= 3
+        return outputs
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known beforehand", "noticed"])
+def test_logits_changed_in_a_way_that_trl_does_not_know_are_trained_as_they_are(tmp_path, monkeypatch, is_known):
+    model = tiny_llama(len(byte_level_bpe()))
+    model.__class__ = Scaled
+    if is_known:
+        monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model: True)
+        monkeypatch.setattr("derta_plugins.adapters.trl.logit_changes", lambda config: {"logits_soft_cap"})
+    trainer, _ = step(tmp_path, model=model, learning_rate=0.0)
+    nll, hits = {True: [], False: []}, []
+    for row in trainer.train_dataset:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0].detach()
+        for place, label in enumerate(row["labels"]):
+            if place and label != -100:
+                is_rto = bool(row["rto_mask"] and row["rto_mask"][place])
+                nll[is_rto].append(-logits[place - 1].log_softmax(dim=-1)[label].item())
+                hits.append(logits[place - 1].argmax() == label)
+    for name, expected in (("mle_loss", nll[False]), ("rto_loss", nll[True]), ("mean_token_accuracy", hits)):
+        if name != "mean_token_accuracy" or HAS_FUSED_LM_HEAD:
+            assert logged(trainer, name)[0] == pytest.approx(sum(map(float, expected)) / len(expected), rel=1e-4), name
 
 
 def test_evaluation_and_checkpointing(tmp_path):

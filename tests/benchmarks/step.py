@@ -181,6 +181,8 @@ def main() -> None:
                     peaks[name].append(samples[0])
                     losses[name].append(loss.item())
     worst = max(abs(a - b) / a for a, b in zip(losses["stock"], losses["derta"], strict=True))
+    if worst > (2e-2 if args.device == "cuda" else 1e-5):
+        raise SystemExit(f"The trainers do not train the same: losses differ by {worst:.1e}.")
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {args.host} {version(args.host)}, {args}"
     )
