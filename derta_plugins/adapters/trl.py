@@ -233,6 +233,9 @@ class _ScoredModel:
         self._trainer, self._model, self._micro_batch, self._is_step = trainer, model, micro_batch, is_step
         self.result: DeRTaLoss | None = None
 
+    def __getattr__(self, name: str) -> Any:  # TRL before 1.15 asks for the virtual tokens of PEFT
+        return getattr(self._model, name)
+
     def __call__(self, **kwargs: Any) -> Any:
         kwargs = self._trainer._with_masks(kwargs)
         if kwargs.get("fused_lm_head"):
@@ -246,7 +249,7 @@ class _ScoredModel:
         labels = kwargs.pop("labels")
         kwargs.pop("num_items_in_batch", None)
         outputs = self._model(**kwargs)
-        self.result = self._micro_batch.loss(per_token_nll(outputs.logits, labels))
+        self.result = self._micro_batch.loss(per_token_nll(outputs.logits[:, -labels.shape[1] :], labels))
         outputs["loss"] = self.result.loss.clone()  # the host scales it in place
         return outputs
 
