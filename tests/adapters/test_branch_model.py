@@ -3,7 +3,6 @@
 import pytest
 import torch
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
@@ -27,7 +26,7 @@ from derta_plugins.adapters.branch_batch import flatten_batch, layout_for
 from derta_plugins.adapters.branch_model import SEGMENTS, BranchAttention, why_not
 from derta_plugins.core.branch_layout import positions
 from derta_plugins.core.config import ConfigError, DeRTaConfig
-from tests.adapters.tiny_models import FAMILIES, SIZE, VOCABULARY, plain_flex_attention, tiny_model
+from tests.adapters.tiny_models import FAMILIES, SIZE, VOCABULARY, forget_branches, plain_flex_attention, tiny_model
 
 
 class OwnConfig(PreTrainedConfig):
@@ -138,12 +137,7 @@ def test_the_check_passes_a_model_that_attends_as_it_should(family, way, dtype, 
 def test_the_check_sees_a_model_whose_attention_another_tool_changed(monkeypatch, dtype):
     model = tiny_model("llama").to(dtype)
     attention = BranchAttention.of(model)
-    causal = AttentionInterface()["sdpa"]
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping,
-        SEGMENTS,
-        lambda module, query, key, value, mask, **options: causal(module, query, key, value, None, **options),
-    )
+    forget_branches(monkeypatch)
     with pytest.raises(ConfigError, match="does not attend as branch rows need it"):
         attention.check(model, torch.device("cpu"))
 

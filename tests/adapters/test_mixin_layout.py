@@ -8,9 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from derta_plugins.adapters.branch_model import SEGMENTS
 from derta_plugins.adapters.scoring_head import ScoringHead
 from derta_plugins.core.branch_layout import fold_rows
 from derta_plugins.core.chat import TokenizedTriple
@@ -18,6 +17,7 @@ from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.transform import build_rows
 from tests.adapters import test_trainer_mixins as mixins
 from tests.adapters.test_trainer_mixins import NORMALIZATIONS, VOCABULARY, make_trainer
+from tests.adapters.tiny_models import forget_branches
 from tests.conftest import tiny_llama
 
 TRIPLES, PREFIXES = 4, 2
@@ -114,12 +114,7 @@ def test_metrics_of_logits_are_refused_with_branch_rows(trainer_of):
 def test_attention_that_another_tool_changed_is_noticed_before_the_first_step(trainer_of, monkeypatch):
     trainer = trainer_of("branch")
     before = parameters_of(trainer)
-    causal = AttentionInterface()["sdpa"]
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping,
-        SEGMENTS,
-        lambda module, query, key, value, mask, **options: causal(module, query, key, value, None, **options),
-    )
+    forget_branches(monkeypatch)
     with pytest.raises(ConfigError, match="does not attend as branch rows need it"):
         trainer.train()
     assert torch.equal(parameters_of(trainer), before)

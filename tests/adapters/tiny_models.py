@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
+    AttentionInterface,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,6 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from derta_plugins.adapters.branch_model import SEGMENTS
 
 VOCABULARY = 60
 SIZE = {
@@ -55,6 +58,16 @@ def plain_flex_attention(monkeypatch) -> None:
     """
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
     monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention", Uncompiled)
+
+
+def forget_branches(monkeypatch) -> None:
+    """What another tool's attention would do: plain causal attention over the whole row."""
+    causal = AttentionInterface()["sdpa"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        SEGMENTS,
+        lambda module, query, key, value, mask, **options: causal(module, query, key, value, None, **options),
+    )
 
 
 class Uncompiled:
