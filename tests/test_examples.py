@@ -38,6 +38,7 @@ OTHERS = {
     "llamafactory/dataset_info.json",
     *("zero2.json", "zero3.json"),  # train in tests/adapters/test_ranks.py
     "scale.md",  # runs in tests/adapters/test_trl_scale.py
+    "judges.md",  # its figures, in tests/judges/test_calibration.py
 }
 MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # What the authors' commands and scripts say, as each host calls it, in the order of `NAMES`.

@@ -87,12 +87,12 @@ def test_names_are_listed_without_importing_any_plugin():
     assert printed.strip() == "True set()"
 
 
-def test_our_own_adapters_are_offered_and_exist():
+def test_our_own_plugins_are_offered_and_exist():
     offered = [entry for entry in distribution("derta-plugins").entry_points if entry.group == hookspecs.PROJECT]
-    assert "trl" in {entry.name for entry in offered}
+    assert {"trl", "content"} <= {entry.name for entry in offered}
     for entry in offered:
         assert entry.name in plugin_names()
-        assert entry.module == f"derta_plugins.adapters.{entry.name}"
+        assert entry.module.startswith(("derta_plugins.adapters.", "derta_plugins.judges."))
         assert importlib.util.find_spec(entry.module) is not None
 
 

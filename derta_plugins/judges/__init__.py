@@ -1,0 +1,1 @@
+"""Judges by rule: what a response refuses, and what harmful content it holds."""
