@@ -1,10 +1,11 @@
 """
 DeRTa safety training for existing fine-tuning frameworks: refuse at any position, not only at the first.
 
-Imports go one way: `cli > demo > plugin_status, doctor, show, survey > recipe > adapters > transforms, readers > judges
-> plugin_manager > core`. Each level may import those to its right; only `adapters` may import a host framework, and
-`core` needs torch and the standard library alone. The plugin manager loads adapters and judges by the names of their
-entry points, never by import. What hosts start with (`_autoload`, `launch`) needs the standard library alone.
+Imports go one way: `cli > demo > plugin_status, doctor, show, survey > recipe > adapters > transforms, readers >
+attacks, judges > plugin_manager > core`. Each level may import those to its right; only `adapters` may import a host
+framework, and `core` needs torch and the standard library alone. The plugin manager loads adapters, attacks and judges
+by the names of their entry points, never by import. What hosts start with (`_autoload`, `launch`) needs the standard
+library alone.
 """
 
 # Loaded at the start of every interpreter (`_autoload`), so no import here: `typing` alone would cost several ms.

@@ -23,7 +23,7 @@ START_UP = ["_autoload", "startup", "launch"]
 # ones are not asked for; from `survey` to `plugin_status` is what the commands of `cli` do.
 LEVELS = [
     *START_UP,
-    *("core", "hookspecs", "plugin_manager", "judges", "readers", "transforms", "adapters", "recipe"),
+    *("core", "hookspecs", "plugin_manager", "judges", "attacks", "readers", "transforms", "adapters", "recipe"),
     *("survey", "show", "doctor", "plugin_status", "demo", "cli"),
 ]
 
@@ -131,7 +131,7 @@ def test_no_adapter_imports_another(module):
 
 def test_every_adapter_that_is_offered_has_a_host_of_its_own():
     ours = [entry for entry in distribution("derta-plugins").entry_points if entry.group == hookspecs.PROJECT]
-    offered = {entry.name: entry.module for entry in ours if not entry.module.startswith("derta_plugins.judges.")}
+    offered = {entry.name: entry.module for entry in ours if ".adapters." in entry.module}
     assert {name: host_of(module) for name, module in offered.items()} == {name: name for name in offered}
     assert set(offered) == ADAPTERS
     assert host_of("derta_plugins.adapters.axolotl_rows") == "axolotl"

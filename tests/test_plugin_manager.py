@@ -92,7 +92,7 @@ def test_our_own_plugins_are_offered_and_exist():
     assert {"trl", "content"} <= {entry.name for entry in offered}
     for entry in offered:
         assert entry.name in plugin_names()
-        assert entry.module.startswith(("derta_plugins.adapters.", "derta_plugins.judges."))
+        assert entry.module.startswith(("derta_plugins.adapters.", "derta_plugins.attacks.", "derta_plugins.judges."))
         assert importlib.util.find_spec(entry.module) is not None
 
 
