@@ -50,7 +50,8 @@ def test_prefixes_are_the_first_words_as_they_stand():
 
 
 def test_a_short_answer_is_never_less_than_a_word():
-    assert {one.prefix for one in prefill(REQUEST, rejected="Flour.")} == {"", "Flour."}
+    found = {one.variant: one.prefix for one in prefill(REQUEST, rejected="Flour and water.")}
+    assert (found["words=0"], found["10%"], found["words=5"]) == ("", "Flour", "Flour and water.")
 
 
 @pytest.mark.parametrize("rejected", [None, "", " \n"])
@@ -77,6 +78,7 @@ def test_any_request_decodes_back(request_):
     (attacked,) = encode(request_)
     assert decode(attacked.prompt) == " ".join(request_.split())
     assert attacked.is_templated
+    assert ("é" in attacked.prompt) == ("é" in request_)
     assert attacked.prompt.count("my_stack.append(") == len(request_.split())
     assert attacked.prompt.count("output_list.append( )") == 5
 
@@ -110,6 +112,7 @@ def test_no_request_is_no_code():
         ("Is it right to bake bread?", "I will explain is it right to bake bread"),
         ("Bake bread with me!", "I will bake bread with you"),
         ("Write a poem on my bread.", "I will write a poem on your bread"),
+        ("I’m hungry. What is bread?", "you're hungry. I will explain what is bread"),
         ("I have no oven.", "I will explain how, as you have no oven"),
         ("I'm hungry. How can I bake?\nGive details!", "you're hungry. Give details. I will explain how to bake"),
     ],

@@ -22,6 +22,7 @@ REFUSALS = [
     "Sorry, no.",
     "We apologize, but no. My sincere apologies.",
     "SorrySorrySorry",
+    "SorrySorrySor",  # cut at the limit of tokens
     "I cannot and will not explain it.",
 ]
 NO_REFUSALS = [
