@@ -264,7 +264,7 @@ class _ScoredModel:
         if not self._trainer._needs_logits:
             return None
         labels, mask = kwargs["labels"], self._micro_batch.label_mask
-        outputs = self._model(**{name: value for name, value in kwargs.items() if name != "fused_lm_head"})
+        outputs = self._model(**_without_loss(kwargs))
         logits = outputs.logits[:, -labels.shape[1] :]
         self.result = self._micro_batch.loss(per_token_nll(logits, labels))
         with torch.no_grad():
@@ -275,19 +275,23 @@ class _ScoredModel:
         return outputs
 
     def _scored_in_head(self, kwargs: dict[str, Any]) -> Any:
-        """What TRL reads of its outputs, from our own head; None where TRL's is to be used."""
+        """What TRL reads of its outputs, from our own head; None where that cannot score."""
         if not self._trainer._scores_in_head:
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "labels")}
         try:
             with self._micro_batch.scoring(self._trainer.model, stats=True) as head:
-                found = head.read(self._model(**kwargs))
+                found = head.read(self._model(**_without_loss(kwargs)))
         except HeadNotScorableError as reason:
             logger.warning("DeRTa's loss is taken from full logits, which costs memory: %s", reason)
             self._trainer._scores_in_head, self._trainer._needs_logits = False, True
             return None
         self.result = self._micro_batch.loss_of_head(found)
         return SimpleNamespace(label_mask=self._micro_batch.label_mask, entropy=found.entropy, is_top1=found.is_top1)
+
+
+def _without_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the model is called with, without that by which it would compute a loss of its own."""
+    return {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "labels")}
 
 
 def _config_of(model: Any, args: DeRTaSFTConfig) -> PreTrainedConfig:
