@@ -8,6 +8,7 @@ KIND is `ddp`, `fsdp`, `fsdp_bf16` or `zero2` / `zero3`; for FSDP2 on a CPU see 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def main():
     if dist.get_rank() == 0:
         (output / "kinds.json").write_text(json.dumps(kinds), encoding="utf-8")
     dist.barrier()
-    dist.destroy_process_group()
+    # all is written; threads of torch sometimes abort a rank that ends in the ordinary way while another still does
+    os._exit(0)
 
 
 if __name__ == "__main__":
