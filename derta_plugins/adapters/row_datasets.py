@@ -245,9 +245,15 @@ class ResampledRows(torch.utils.data.Dataset):
 
 
 def as_rows(dataset: Dataset | IterableDataset, config: DeRTaConfig) -> Dataset | IterableDataset:
-    """The host's own labelled rows: `rto_mask` is filled in (no RTO) or cut as the host cut the rest; no branch."""
+    """
+    The host's own labelled rows: `rto_mask` is filled in (no RTO) or cut as the host cut the rest; no branch.
+
+    Raises:
+        ValueError: If the rows have branches, which a host's never have. In the layout `rows` a safe response would be
+            trained behind the whole harmful one.
+    """
     is_branch = config.layout == "branch"
-    if is_branch and "branch_starts" in columns_of(dataset):
+    if "branch_starts" in columns_of(dataset):
         raise ValueError("A tokenised dataset has a column `branch_starts`: branch rows are DeRTa's to make. Drop it.")
     return dataset.map(_complete_row, fn_kwargs={"is_branch": is_branch}).select_columns(list(row_features(config)))
 

@@ -133,8 +133,8 @@ class ScoringHead:
         What was found, from the model's outputs.
 
         Raises:
-            HeadNotScorableError: If the model did not call its head, or changed what it returned, by more than the
-                rounding of its outputs.
+            HeadNotScorableError: If the model did not call its head, or changed what it returned by more than the
+                rounding of its outputs, or if those are float16.
         """
         self._is_read, got = True, getattr(outputs, "logits", None)
         if self._found is None or got is None:

@@ -30,8 +30,8 @@ def fold_rows(rows: Sequence[Row], *, max_length: int | None = None) -> list[Row
 
     Returns:
         Rows with the same targets after the same tokens. Without exactly one RTO row, or where no MLE row begins as it
-        does, they are as they were. `branch_starts` of a branch row is the length of the trunk's part that a branch
-        goes on from (at least 1), at the branch's first token, and 0 elsewhere.
+        does, they are as they were, the RTO row last. `branch_starts` of a branch row is the length of the trunk's
+        part that a branch goes on from (at least 1), at the branch's first token, and 0 elsewhere.
 
     Source:
         Our own; the paper trains the rows apart. Shared prefixes with one departure: Wang and Hegde 2024, arXiv

@@ -139,7 +139,12 @@ def count_targets(
     Returns:
         (3,) int64: MLE targets, RTO targets, sequences with at least one target. Sum these over micro-batches and
         ranks, and give the sum to `derta_loss` for each of them.
+
+    Raises:
+        ValueError: If there are `branch_ids` without `position_ids`.
     """
+    if branch_ids is not None and position_ids is None:
+        raise ValueError("`branch_ids` needs `position_ids`: without them branches are not counted as sequences.")
     is_target = labels[:, 1:] != ignore_index
     is_rto = is_target & rto_mask[:, 1:].bool()
     if position_ids is None:

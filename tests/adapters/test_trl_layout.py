@@ -165,10 +165,14 @@ def test_a_model_that_cannot_is_trained_in_rows(tmp_path, caplog):
 
 
 def test_a_model_that_is_loaded_by_name_is_asked_first(tmp_path, user_folder, caplog):
-    trainer = make_trainer(
-        tmp_path / "out", trainer_options=ONLY_SAFETY, model=str(user_folder / "my-model"), layout="branch"
-    )
+    options = {"trainer_options": ONLY_SAFETY, "layout": "branch"}
+    trainer = make_trainer(tmp_path / "out", model=str(user_folder / "my-model"), **options)
     assert trainer.row_counts.branch_rows == 6
+    size = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": len(byte_level_bpe())}
+    AutoModelForCausalLM.from_config(GPT2Config(**size)).save_pretrained(tmp_path / "gpt2")
+    trainer = make_trainer(tmp_path / "out", model=str(tmp_path / "gpt2"), **options)
+    assert "gpt2 does not number positions by rotation" in caplog.text
+    assert trainer.row_counts.branch_rows == 0
 
 
 def test_predictions_are_refused(tmp_path):
@@ -194,11 +198,12 @@ def test_metrics_of_logits_are_refused(tmp_path):
         make_trainer(tmp_path, trainer_options=options, layout="branch")
 
 
-def test_rows_with_branches_of_their_own_are_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["rows", "branch"])
+def test_rows_with_branches_of_their_own_are_refused(tmp_path, layout):
     row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "branch_starts": [0, 0, 1]}
     options = {"train_dataset": Dataset.from_list([row]), "safety_dataset": Dataset.from_list(safety_records(2))}
     with pytest.raises(ValueError, match="branch rows are DeRTa's to make"):
-        make_trainer(tmp_path, trainer_options=options, layout="branch")
+        make_trainer(tmp_path, trainer_options=options, layout=layout)
 
 
 def test_a_collator_of_the_user_gets_the_layout(tmp_path):

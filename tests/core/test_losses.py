@@ -589,3 +589,9 @@ def test_the_fused_denominator_is_no_zero():
 def test_one_denominator_cannot_weigh_components(knobs):
     with pytest.raises(ConfigError, match="Turn the fused loss off"):
         fused_denominator(torch.ones(3), DeRTaConfig(**knobs))
+
+
+def test_branches_without_positions_are_refused():
+    labels = torch.tensor([[-100, 1, 2]])
+    with pytest.raises(ValueError, match="`branch_ids` needs `position_ids`"):
+        count_targets(labels, torch.zeros_like(labels), branch_ids=torch.tensor([[0, 0, 1]]))
