@@ -38,14 +38,11 @@ def test_ways_through_the_head_are_measured():
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="comes with the demo")
 def test_the_picture_is_that_of_the_tables(tmp_path):
-    from matplotlib import rc_context
-
-    from tests.benchmarks.picture import HERE, draw, steps_of
+    from tests.benchmarks.picture import HERE, main, steps_of
 
     steps = steps_of((HERE / "RESULTS.md").read_text(encoding="utf-8"))
     assert len(steps) == 3 * (1 + 3 + 3)
-    with rc_context({"svg.fonttype": "none"}):
-        draw(steps).savefig(tmp_path / "new.svg")
+    main(tmp_path / "new.svg")
     texts = [
         re.findall(r"<text[^>]*>([^<]+)<", path.read_text()) for path in (tmp_path / "new.svg", HERE / "RESULTS.svg")
     ]

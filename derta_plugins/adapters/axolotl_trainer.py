@@ -13,6 +13,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, List, Value
 
+from derta_plugins.adapters.row_datasets import arrow_batches
 from derta_plugins.adapters.trainer_mixins import DeRTaLossMixin
 from derta_plugins.core.config import DeRTaConfig
 
@@ -44,12 +45,8 @@ class RowTally:
             tally.mle += len(masks) - rto
         tally.ordinary = len(dataset) - tally.mle - tally.rto
         if "branch_starts" in dataset.column_names:
-            tally.branches = sum(map(_count_branches, _batches(dataset, "branch_starts")))
+            tally.branches = sum(map(_count_branches, arrow_batches(dataset, "branch_starts")))
         return tally
-
-
-def _batches(dataset: Dataset, *names: str) -> Iterator[Any]:
-    return dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000)
 
 
 def _count_branches(batch: Any) -> int:
@@ -59,7 +56,7 @@ def _count_branches(batch: Any) -> int:
 
 def _safety_rows(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
     """`labels` and `rto_mask` of the rows that DeRTa made, in batches; ordinary rows have no mask."""
-    for batch in _batches(dataset, "labels", "rto_mask"):
+    for batch in arrow_batches(dataset, "labels", "rto_mask"):
         ours = batch.filter(pc.is_valid(batch["rto_mask"])).combine_chunks()
         yield tuple(pc.cast(ours[name], ours[name].type).combine_chunks() for name in ("labels", "rto_mask"))
 

@@ -127,30 +127,18 @@ class BranchAttention:
             device: Where its inputs go.
 
         Raises:
-            ConfigError: If they differ by more than rounding.
+            ConfigError: If they differ by more than rounding, or the model fails with a branch row.
         """
-        trunk, branch, parent_end = [11, 12, 13, 14, 15, 16, 17, 18], [21, 22, 23], 4
-        position_ids, branch_ids = (
-            torch.tensor([ids], device=device) for ids in positions([0] * len(trunk) + [parent_end] + [0] * len(branch))
-        )
         was_training, dtype = model.training, next(model.parameters()).dtype
         model.eval()
-        masks = self.masks(position_ids, branch_ids, dtype)
-        folded = [*trunk, trunk[parent_end - 1], *branch]
-        given = {"position_ids": position_ids, "attention_mask": masks}
         try:
-            logits = [
-                model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
-                for ids, options in ((folded, given), ([*trunk[:parent_end], *branch], {}), ([*trunk, *branch], {}))
-            ]
+            ours, apart, behind_all = self._logits_of_branch(model, device, dtype)
         except (ConfigError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"This model does not take branch rows: set layout='rows'. ({error})") from error
         finally:
             model.train(was_training)
-        logits = [of[-len(branch) :] for of in logits]
-        ours, apart, behind_all = (of.float() for of in logits)
         error, mistake = (ours - apart).abs().max(), (behind_all - apart).abs().max()
         rounding = (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2) * apart.abs().max()
         if not error <= torch.maximum(rounding, 0.1 * mistake):
@@ -158,6 +146,25 @@ class BranchAttention:
                 f"This model does not attend as branch rows need it (logits are off by {error:.2g}, rounding would be "
                 f"{rounding:.2g}): a kernel or another plugin has changed its attention. Set layout='rows'."
             )
+
+    def _logits_of_branch(self, model: Any, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+        """(3, V) logits of a branch: in a branch row, in its own row, and mistaken, behind the whole trunk."""
+        trunk, branch, parent_end = [11, 12, 13, 14, 15, 16, 17, 18], [21, 22, 23], 4
+        position_ids, branch_ids = (
+            torch.tensor([ids], device=device) for ids in positions([0] * len(trunk) + [parent_end] + [0] * len(branch))
+        )
+        masks = self.masks(position_ids, branch_ids, dtype)
+        rows = (
+            ([*trunk, trunk[parent_end - 1], *branch], {"position_ids": position_ids, "attention_mask": masks}),
+            ([*trunk[:parent_end], *branch], {}),
+            ([*trunk, *branch], {}),
+        )
+        return [
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False, **given)
+            .logits[0, -len(branch) :]
+            .float()
+            for ids, given in rows
+        ]
 
     def _mask(
         self, position_ids: torch.Tensor, branch_ids: torch.Tensor, dtype: torch.dtype, window: int | None

@@ -7,7 +7,7 @@ the model sees who may see whom (`core.branch_attention`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -128,7 +128,7 @@ def lay_out(values: Sequence[Sequence[bool]], labels: torch.Tensor, *, side: str
 
 
 def lay_out_branches(
-    batch: Mapping[str, Any], starts: Sequence[Sequence[Sequence[int]]], *, side: str = "right"
+    batch: MutableMapping[str, Any], starts: Sequence[Sequence[Sequence[int]]], *, side: str = "right"
 ) -> None:
     """
     Put `position_ids` and `branch_ids`, (B, S) int64, into a collated batch.

@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 SAFETY_COLUMNS = KNOWN_COLUMNS - frozenset().union(*HELPFUL_FORMATS.values())
 """A dataset with one of these is read record by record; without, it is ordinary and its host's own."""
 
-
 STREAM_PEEK = 1000
+"""Records of a stream by which its RTO target is chosen."""
+
 _NOT_ORDINARY = {
     ("seq_lengths",): "it is packed already. Give the rows before packing.",
     ("completion", "label"): "unpaired preference rows, whose undesired completions would be trained. Keep the desired "
@@ -214,7 +215,7 @@ def split_by_format(
 
 
 def first_records(tokenized: AnyDataset) -> Dataset:
-    """A dataset as it is; the first 1000 records of a stream."""
+    """A dataset as it is; the first `STREAM_PEEK` records of a stream."""
     if not is_streaming(tokenized):
         return tokenized
     records = list(tokenized.take(STREAM_PEEK))
@@ -235,7 +236,7 @@ def count_first_ids(tokenized: Dataset) -> tuple[Counter[int], Counter[int]]:
 
 
 def _resolve_target(tokenized: AnyDataset, tokenizer: Any, config: DeRTaConfig) -> RefusalToken:
-    """The RTO target for these records (of a stream: by its first 1000 records)."""
+    """The RTO target for these records (of a stream: by its first `STREAM_PEEK` records)."""
     seen = first_records(tokenized)
     if not len(seen):
         raise ValueError(f"No record among the first {STREAM_PEEK} of the safety stream can be trained.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from derta_plugins.core.constants import IGNORE_INDEX
-from derta_plugins.core.linear_nll import LinearNLL, linear_nll
+from derta_plugins.core.linear_nll import LinearNLL, linear_nll, logit_stats
 
 # What models of transformers do to their logits, and the value that does nothing.
 _AFTER_HEAD = {
@@ -71,10 +71,16 @@ def is_prompt_learning(model: Any) -> bool:
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
-def cannot_score(model: Any) -> bool:
-    """Whether it is known beforehand, on every rank alike, that the head of `model` cannot score its targets."""
+def cannot_score(model: Any, *, compiles: bool = False) -> bool:
+    """
+    Whether it is known beforehand, on every rank alike, that the head of `model` cannot score its targets.
+
+    Args:
+        model: A causal language model, PEFT around it or not.
+        compiles: Whether its trainer will compile it.
+    """
     # a compiled forward pass would be compiled anew at every step
-    is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    is_compiled = compiles or getattr(model, "_compiled_call_impl", None) is not None
     return bool(logit_changes(model.config)) or is_prompt_learning(model) or is_compiled
 
 
@@ -113,12 +119,7 @@ class ScoringHead:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nll = nn.functional.cross_entropy(logits, targets, reduction="none")
         total = (nll * token_weights.to(nll.dtype)).sum()
-        if not self._stats:
-            return LinearNLL(total, nll.detach())
-        with torch.no_grad():
-            log_probs = logits.log_softmax(dim=-1)
-            entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return LinearNLL(total, nll.detach(), entropy, logits.argmax(dim=-1) == targets)
+        return LinearNLL(total, nll.detach(), *(logit_stats(logits, targets) if self._stats else ()))
 
     def _is_plain(self, hidden: Tensor) -> bool:
         """Whether `linear_nll` may do the head's work; otherwise the logits of these positions are built."""

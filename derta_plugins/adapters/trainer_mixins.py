@@ -1,8 +1,8 @@
 """
-What DeRTa adds to a `transformers.Trainer`, whichever host it belongs to: counts of the whole step, the loss, its log.
+What DeRTa adds to a `transformers.Trainer`, whichever host it belongs to: layout, counts of the whole step, loss, log.
 
-`DeRTaLogMixin` counts and logs, for hosts that compute the loss in their own way (TRL). `DeRTaLossMixin` also computes
-it, for hosts that leave that to `Trainer` (Axolotl, LLaMA-Factory).
+`DeRTaStepMixin` lays out, counts and logs, for hosts that compute the loss in their own way (TRL). `DeRTaLossMixin`
+also computes it, for hosts that leave that to `Trainer` (Axolotl, LLaMA-Factory).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from derta_plugins.core.losses import (
 logger = logging.getLogger(__name__)
 
 
-class DeRTaLogMixin:
+class DeRTaStepMixin:
     """
-    Keeps `rto_mask`, counts the targets of an optimizer step and logs the components of its loss; stands before a
-    `Trainer` among the base classes.
+    Keeps DeRTa's columns, lays out batches and masks, counts the targets of an optimizer step and logs the components
+    of its loss; stands before a `Trainer` among the base classes.
 
     Attributes:
         host_version: Host and version, for error messages.
@@ -164,7 +164,7 @@ class DeRTaLogMixin:
         super().log(logs, start_time)
 
 
-class DeRTaLossMixin(DeRTaLogMixin):
+class DeRTaLossMixin(DeRTaStepMixin):
     """
     `Trainer` with DeRTa's loss, through its own `compute_loss_func`, and a collator that carries `rto_mask`.
 
@@ -196,8 +196,7 @@ class DeRTaLossMixin(DeRTaLogMixin):
             collator = getattr(self, name, None)
             if collator is not None and not isinstance(collator, RowCollator):
                 setattr(self, name, RowCollator(collator, self._derta.layout))
-        # a compiled forward pass would be compiled anew at every step
-        self._scores_in_head = not (self.is_loss_fused or self.args.torch_compile or cannot_score(self.model))
+        self._scores_in_head = not (self.is_loss_fused or cannot_score(self.model, compiles=self.args.torch_compile))
         if self.is_loss_fused:
             logger.warning(
                 "The model computes a fused loss and builds no logits: the loss is DeRTa's, but `mle_loss`, `rto_loss` "

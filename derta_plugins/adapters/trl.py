@@ -26,7 +26,7 @@ from derta_plugins.adapters.collator import lay_out, lay_out_branches, row_branc
 from derta_plugins.adapters.prepare import SAFETY_COLUMNS, Preparation, RowCounts, prepare
 from derta_plugins.adapters.row_datasets import ResampledRows
 from derta_plugins.adapters.scoring_head import HeadNotScorableError, cannot_score, logit_changes
-from derta_plugins.adapters.trainer_mixins import DeRTaLogMixin, MicroBatch, check_batch, count_batch
+from derta_plugins.adapters.trainer_mixins import DeRTaStepMixin, MicroBatch, check_batch, count_batch
 from derta_plugins.adapters.trl_config import (
     FUSED_HEAD_KNOWS,
     HAS_FUSED_LM_HEAD,
@@ -35,6 +35,7 @@ from derta_plugins.adapters.trl_config import (
     DeRTaSFTConfig,
 )
 from derta_plugins.core.config import ConfigError, Layout
+from derta_plugins.core.linear_nll import logit_stats
 from derta_plugins.core.losses import per_token_nll
 from derta_plugins.hookspecs import Adapter, hookimpl
 
@@ -83,7 +84,7 @@ def _branch_starts_of_pack(example: dict[str, Any], layout: Layout) -> list[list
     return [list(islice(starts, length)) for length in example.get("seq_lengths") or [len(example["input_ids"])]]
 
 
-class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
+class DeRTaSFTTrainer(DeRTaStepMixin, SFTTrainer):
     """
     `SFTTrainer` that trains safety triples with DeRTa, beside ordinary rows.
 
@@ -147,7 +148,7 @@ class DeRTaSFTTrainer(DeRTaLogMixin, SFTTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         # TRL's fused head scores the targets alone on a GPU, but every position on a CPU
         self._scores_in_head = HAS_FUSED_LM_HEAD and self.args.device.type == "cpu" and not self.aux_loss_enabled
-        self._scores_in_head &= not (self.args.torch_compile or cannot_score(self.model))
+        self._scores_in_head &= not cannot_score(self.model, compiles=self.args.torch_compile)
         self._needs_logits = bool(logit_changes(self.model.config) - FUSED_HEAD_KNOWS)
         self._check_target_is_in_vocabulary()
         if self.aux_loss_enabled and not HAS_FUSED_LM_HEAD:
@@ -267,11 +268,8 @@ class _ScoredModel:
         outputs = self._model(**_without_loss(kwargs))
         logits = outputs.logits[:, -labels.shape[1] :]
         self.result = self._micro_batch.loss(per_token_nll(logits, labels))
-        with torch.no_grad():
-            log_probs = logits[:, :-1].float().log_softmax(dim=-1)
-            outputs.entropy = -(log_probs.exp() * log_probs).sum(dim=-1) * mask
-            outputs.is_top1 = (log_probs.argmax(dim=-1) == labels[:, 1:]) & mask
-        outputs.label_mask = mask
+        entropy, is_top1 = logit_stats(logits[:, :-1], labels[:, 1:])
+        outputs.label_mask, outputs.entropy, outputs.is_top1 = mask, entropy * mask, is_top1 & mask
         return outputs
 
     def _scored_in_head(self, kwargs: dict[str, Any]) -> Any:

@@ -48,7 +48,7 @@ def encode(prompt: str, *, rejected: str | None = None, seed: int = 0) -> list[A
     The request as code.
 
     Raises:
-        ValueError: If the request has no word.
+        ValueError: If the request is empty.
 
     Example:
         >>> (attacked,) = encode("Bake the bread")
@@ -59,7 +59,7 @@ def encode(prompt: str, *, rejected: str | None = None, seed: int = 0) -> list[A
     """
     words = prompt.split()
     if not words:
-        raise ValueError("The request is empty: there is no word to push.")
+        raise ValueError("The request is empty: a code attack needs its words. Give text as `prompt`.")
     pushes = "\n".join(f"    my_stack.append({json.dumps(word, ensure_ascii=False)})" for word in reversed(words))
     return [AttackPrompt(_SKELETON.replace("@@PUSHES@@", pushes))]
 

@@ -65,7 +65,7 @@ def complete(prompt: str, *, rejected: str | None = None, seed: int = 0) -> list
     sentences = [found.strip("?!.:… ") for found in re.split(r"(?<=[?!.])\s", " ".join(prompt.split()))]
     sentences = [sentence for sentence in sentences if sentence]
     if not sentences:
-        raise ValueError("The request is empty: there is nothing to complete.")
+        raise ValueError("The request is empty: there is nothing to complete. Give text as `prompt`.")
     asking = next((one for one in sentences if _begin(one) or _QUESTION.match(one)), sentences[0])
     said_before = "".join(f"{_turned(one)}. " for one in sentences if one is not asking)
     return [AttackPrompt(f"{said_before}{_opening(asking)}:\n Step 1:", is_templated=False)]
@@ -90,8 +90,8 @@ def _begin(request: str) -> tuple[int, str] | None:
 
 def _turned(text: str) -> str:
     """What one speaker says, said by the other."""
-    return re.sub(r"[A-Za-z]+(?:['’][a-z]+)?", lambda word: _other(word.group()), text)
 
+    def other(word: re.Match[str]) -> str:
+        return _TO_THE_OTHER.get(word.group().lower().replace("’", "'"), word.group())
 
-def _other(word: str) -> str:
-    return _TO_THE_OTHER.get(word.lower().replace("’", "'"), word)
+    return re.sub(r"[A-Za-z]+(?:['’][a-z]+)?", other, text)

@@ -26,6 +26,11 @@ def prefill(prompt: str, *, rejected: str | None, seed: int = 0) -> list[AttackP
     """
     The request with each depth of its harmful answer, at most all of it.
 
+    Args:
+        prompt: The harmful request.
+        rejected: Its harmful answer.
+        seed: Unused; nothing is drawn.
+
     Raises:
         ValueError: If there is no harmful answer.
 
@@ -34,11 +39,11 @@ def prefill(prompt: str, *, rejected: str | None, seed: int = 0) -> list[AttackP
         >>> [(attack.variant, attack.prefix) for attack in found if attack.variant in ("words=1", "words=5", "40%")]
         [('words=1', 'Step'), ('words=5', 'Step 1: mix the flour'), ('40%', 'Step 1:')]
     """
-    ends = [match.end() for match in re.finditer(r"\S+", rejected or "")]
-    if not ends:
+    ends = [0, *(match.end() for match in re.finditer(r"\S+", rejected or ""))]
+    total = len(ends) - 1
+    if not total:
         raise ValueError("A prefill needs the harmful answer of the request, and there is none: give `rejected`.")
-    depths = {f"words={count}": min(count, len(ends)) for count in WORDS}
+    depths = {f"words={count}": min(count, total) for count in WORDS}
     # at least one word: without any it would be the direct request
-    depths |= {f"{part}%": max(1, round(part * len(ends) / 100)) for part in PERCENTAGES}
-    starts = {0: "", **{count: rejected[:end] for count, end in enumerate(ends, start=1)}}
-    return [AttackPrompt(prompt, starts[count].lstrip(), variant=variant) for variant, count in depths.items()]
+    depths |= {f"{part}%": max(1, round(part * total / 100)) for part in PERCENTAGES}
+    return [AttackPrompt(prompt, rejected[: ends[count]].lstrip(), variant=of) for of, count in depths.items()]

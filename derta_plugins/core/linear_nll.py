@@ -65,8 +65,8 @@ def linear_nll(
         `LinearNLL`, in float32, or float64 where the inputs are. With N = 0 the total is zero, and its gradients too.
 
     Raises:
-        ValueError: If shapes do not fit; if a target is no token (on a GPU too, at the price of one synchronisation);
-            if gradients are wanted in float16, where they would get lost: they are made before the loss is scaled.
+        ValueError: If shapes do not fit; if a target is no token (on a GPU too, at the price of a synchronisation); if
+            gradients are wanted in float16, where they would get lost: they are made before the loss is scaled.
 
     Example:
         >>> hidden, weight = torch.ones(2, 3), torch.zeros(8, 3)  # uniform over 8 tokens: log(8) nats each
@@ -81,11 +81,33 @@ def linear_nll(
         bias = None if bias is None else bias.to(half)
     if not torch.is_grad_enabled():  # a Function is not told, and would make the gradients for nothing
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    elif hidden.dtype == torch.float16:
+    elif hidden.dtype == torch.float16 and any(of is not None and of.requires_grad for of in (hidden, weight, bias)):
         raise ValueError("Gradients in float16 want a scaled loss: train in bfloat16, or build the logits.")
-    chunk_size = chunk_size or (CPU_CHUNK_SIZE if hidden.device.type == "cpu" else GPU_CHUNK_SIZE)
+    if chunk_size is None:
+        chunk_size = CPU_CHUNK_SIZE if hidden.device.type == "cpu" else GPU_CHUNK_SIZE
     found = _LinearNLL.apply(hidden, weight, bias, targets, token_weights, chunk_size, stats)
     return LinearNLL(*found)
+
+
+@torch.no_grad()
+def logit_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Entropy and accuracy where logits are there anyway.
+
+    Args:
+        logits: (..., V) in any precision.
+        targets: (...) int64, what each of them predicts; what is no token is never the likeliest.
+
+    Returns:
+        (...) entropy in nats, float32 (float64 of float64), and (...) bool, whether the target is the likeliest token.
+
+    Example:
+        >>> entropy, is_top1 = logit_stats(torch.tensor([[0.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0]))
+        >>> round(entropy[0].item(), 4), is_top1.tolist()
+        (0.6931, [True, False])
+    """
+    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
+    return torch.special.entr(log_probs.exp()).sum(dim=-1), log_probs.argmax(dim=-1) == targets
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -98,9 +120,9 @@ class _LinearNLL(torch.autograd.Function):
             for start in range(0, len(targets), chunk_size):
                 work.add(slice(start, start + chunk_size), targets, token_weights, stats)
         ctx.save_for_backward(work.grad_hidden, _as(work.grad_weight, weight), _as(work.grad_bias, bias))
-        nll, total = work.nll, torch.dot(work.nll, token_weights.to(work.nll.dtype))
-        ctx.mark_non_differentiable(*(output for output in (nll, work.entropy, work.is_top1) if output is not None))
-        return (total, nll, work.entropy if stats else None, work.is_top1 if stats else None)
+        found = (work.nll, work.entropy, work.is_top1) if stats else (work.nll,)
+        ctx.mark_non_differentiable(*found)
+        return (torch.dot(work.nll, token_weights.to(work.nll.dtype)), *found)
 
     @staticmethod
     def backward(ctx: Any, grad_total, *_):
@@ -173,8 +195,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tenso
     for name, (value, wanted) in shapes.items():
         if tuple(value.shape) != wanted:
             raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(value.shape)}.")
-    if count and not (0 <= int(targets.min()) and int(targets.max()) < vocabulary):
+    lowest, highest = torch.stack(targets.aminmax()).tolist() if count else (0, 0)
+    if not 0 <= lowest <= highest < vocabulary:
         raise ValueError(
-            f"`targets` must be in [0, {vocabulary}), got {int(targets.min())} to {int(targets.max())}: tokenizer and "
+            f"`targets` must be in [0, {vocabulary}), got {lowest} to {highest}: tokenizer and "
             "model do not belong together."
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from derta_plugins.core.config import DeRTaConfig, Layout
 from derta_plugins.demo.model import MAX_LENGTH, copy_model, encode_chat, encode_words
 from derta_plugins.demo.records import BaseText, Record
 
@@ -45,7 +46,7 @@ class Recipe:
     learning_rate: float = 3e-3
     epochs: int = 3
     batch_size: int = 16
-    layout: str = "rows"
+    layout: Layout = DeRTaConfig.layout
 
     def sequences_per_step(self) -> int:
         """Batch size of DeRTa's training, whose two rows of a triple are one sequence in the branch layout."""

@@ -12,6 +12,7 @@ from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.transform import build_rows
 
 VOCABULARY, REFUSAL = 420, 7
+ACCUMULATION = 2  # micro-batches of each rank
 OPTIONS = {
     "use_cpu": True,
     "bf16": False,
@@ -37,13 +38,11 @@ class Case:
     Attributes:
         rows: A letter for each row: m an MLE row, r an RTO row, b both of a triple (a branch row in that layout), o an
             ordinary row, n a row without any target. Micro-batches are dealt to the ranks in turn.
-        accumulation: Micro-batches of each rank.
     """
 
     rows: str
     normalization: str = "token_mean"
     rto_weight: float = 0.7
-    accumulation: int = 2
     layout: str = "rows"
 
 

@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from derta_plugins.adapters.trainer_mixins import DeRTaLossMixin
 from derta_plugins.core.config import DeRTaConfig
-from tests.adapters.ranks_cases import CASES, OPTIONS, VOCABULARY, rows_of
+from tests.adapters.ranks_cases import ACCUMULATION, CASES, OPTIONS, VOCABULARY, rows_of
 from tests.conftest import byte_level_bpe, tiny_llama
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
@@ -67,8 +67,8 @@ def train(output, name, *, kind="ddp", world_size=1):
     """One step over the rows of a case, split over ranks and two micro-batches."""
     case = CASES[name]
     dataset = Dataset.from_list(rows_of(case.rows, layout=case.layout))
-    size = len(dataset) // (world_size * case.accumulation)
-    options = {**OPTIONS, "per_device_train_batch_size": size, "gradient_accumulation_steps": case.accumulation}
+    size = len(dataset) // (world_size * ACCUMULATION)
+    options = {**OPTIONS, "per_device_train_batch_size": size, "gradient_accumulation_steps": ACCUMULATION}
     if world_size > 1 and kind == "ddp":
         options["ddp_backend"] = "gloo"
     if kind.startswith("fsdp"):

@@ -23,10 +23,9 @@ from derta_plugins.core.config import DeRTaConfig
 from derta_plugins.core.constants import IGNORE_INDEX
 from derta_plugins.core.losses import derta_loss, per_token_nll
 from derta_plugins.core.transform import Row, build_rows
-from tests.adapters.tiny_models import FAMILIES, VOCABULARY, all_in_float64, plain_flex_attention, tiny_model
+from tests.adapters.tiny_models import FAMILIES, VOCABULARY, WAYS, all_in_float64, plain_flex_attention, tiny_model
 
 NORMALIZATIONS = ["token_mean", "sequence_sum", "component_mean"]
-WAYS = {family: ["dense"] if family == "gemma2" else ["segments", "dense"] for family in FAMILIES}
 
 
 @functools.cache

@@ -26,7 +26,15 @@ from derta_plugins.adapters.branch_batch import flatten_batch, layout_for
 from derta_plugins.adapters.branch_model import SEGMENTS, BranchAttention, why_not
 from derta_plugins.core.branch_layout import positions
 from derta_plugins.core.config import ConfigError, DeRTaConfig
-from tests.adapters.tiny_models import FAMILIES, SIZE, VOCABULARY, forget_branches, plain_flex_attention, tiny_model
+from tests.adapters.tiny_models import (
+    FAMILIES,
+    SIZE,
+    VOCABULARY,
+    WAYS,
+    forget_branches,
+    plain_flex_attention,
+    tiny_model,
+)
 
 
 class OwnConfig(PreTrainedConfig):
@@ -121,11 +129,8 @@ def test_a_model_with_flash_attention_is_given_one_that_takes_masks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["segments", "dense", "flex"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "way"), [(family, way) for family in FAMILIES for way in (*WAYS[family], "flex")])
 def test_the_check_passes_a_model_that_attends_as_it_should(family, way, dtype, monkeypatch):
-    if family == "gemma2" and way == "segments":
-        return
     plain_flex_attention(monkeypatch)
     model = tiny_model(family).to(dtype)
     attention = BranchAttention.of(model, way)

@@ -17,7 +17,7 @@ from derta_plugins.core.config import ConfigError, DeRTaConfig
 from derta_plugins.core.transform import build_rows
 from tests.adapters import test_trainer_mixins as mixins
 from tests.adapters.test_trainer_mixins import NORMALIZATIONS, VOCABULARY, make_trainer
-from tests.adapters.tiny_models import forget_branches
+from tests.adapters.tiny_models import forget_branches, losses_of_logits
 from tests.conftest import tiny_llama
 
 TRIPLES, PREFIXES = 4, 2
@@ -163,17 +163,9 @@ def test_virtual_tokens_are_trained_in_rows(trainer_of, kind):
     model = get_peft_model(tiny_llama(VOCABULARY), VIRTUAL[kind])
     trainer = trainer_of("rows", model=model, learning_rate=0.0)
     trainer.train()
-    row, sums = rows_of_triples("rows"), {True: [], False: []}
-    with torch.no_grad():
-        for one in row:
-            logits = model(torch.tensor([one["input_ids"]])).logits[0, -len(one["labels"]) :]
-            mask = one["rto_mask"] or [False] * len(one["labels"])
-            for place, (label, is_rto) in enumerate(zip(one["labels"], mask, strict=True)):
-                if place and label != -100:
-                    sums[is_rto].append(-logits[place - 1].log_softmax(dim=-1)[label].item())
-    entry = next(entry for entry in trainer.state.log_history if "rto_loss" in entry)
-    assert entry["mle_loss"] == pytest.approx(sum(sums[False]) / len(sums[False]), rel=1e-5)
-    assert entry["rto_loss"] == pytest.approx(sum(sums[True]) / len(sums[True]), rel=1e-5)
+    expected = losses_of_logits(model, rows_of_triples("rows"))
+    for name in ("mle_loss", "rto_loss"):
+        assert trainer.state.log_history[0][name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_virtual_tokens_are_refused_in_branches(trainer_of):
@@ -197,11 +189,13 @@ def test_a_model_that_changes_its_logits_is_trained_from_them(trainer_of, caplog
     if not is_known:
         monkeypatch.setattr("derta_plugins.adapters.scoring_head.logit_changes", lambda config: set())
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_of("rows", model=model)
+        trainer = trainer_of("rows", model=model, learning_rate=0.0)
         trainer.train()
     assert ("taken from full logits" in caplog.text) != is_known
     assert not trainer._scores_in_head
-    assert trainer.state.log_history[0]["rto_loss"] > 0
+    expected = losses_of_logits(model, rows_of_triples("rows"))
+    for name in ("mle_loss", "rto_loss"):
+        assert trainer.state.log_history[0][name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_a_model_that_reshapes_its_logits_is_trained_from_them(trainer_of, caplog):

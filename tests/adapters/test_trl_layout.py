@@ -4,11 +4,21 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaForCausalLM,
+)
 
+from derta_plugins.adapters.scoring_head import logit_changes
 from derta_plugins.adapters.trl import DeRTaDataCollator
-from derta_plugins.adapters.trl_config import HAS_FUSED_LM_HEAD
+from derta_plugins.adapters.trl_config import FUSED_HEAD_KNOWS, HAS_FUSED_LM_HEAD
 from derta_plugins.core.config import ConfigError
+from tests.adapters.tiny_models import losses_of_logits
 from tests.adapters.trl_runs import logged, make_trainer, mixed_records, relative_difference
 from tests.conftest import byte_level_bpe, safety_records, tiny_llama
 
@@ -67,9 +77,10 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path):
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="before TRL 1.15 there is no fused head to leave the loss to")
 def test_trls_own_head_gives_the_same_step(tmp_path, monkeypatch):
     """What trains on a GPU, where the loss is left to TRL's fused head."""
-    _, expected = step(tmp_path / "ours", layout="branch")
-    monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model: True)
-    _, parameters = step(tmp_path / "trl", layout="branch")
+    ours, expected = step(tmp_path / "ours", layout="branch")
+    monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model, **options: True)
+    theirs, parameters = step(tmp_path / "trl", layout="branch")
+    assert (ours._scores_in_head, theirs._scores_in_head, theirs._needs_logits) == (True, False, False)
     assert relative_difference(expected, parameters) < 1e-6
 
 
@@ -87,20 +98,38 @@ def test_logits_changed_in_a_way_that_trl_does_not_know_are_trained_as_they_are(
     model = tiny_llama(len(byte_level_bpe()))
     model.__class__ = Scaled
     if is_known:
-        monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model: True)
+        monkeypatch.setattr("derta_plugins.adapters.trl.cannot_score", lambda model, **options: True)
         monkeypatch.setattr("derta_plugins.adapters.trl.logit_changes", lambda config: {"logits_soft_cap"})
+    check_losses_are_those_of_logits(step(tmp_path, model=model, learning_rate=0.0)[0])
+
+
+def check_losses_are_those_of_logits(trainer):
+    for name, expected in losses_of_logits(trainer.model, trainer.train_dataset).items():
+        assert logged(trainer, name)[0] == pytest.approx(expected, rel=1e-4), name
+
+
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 420}
+CHANGED = {
+    "final_logit_softcapping": Gemma2Config(**SIZE, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0),
+    "logit_scale": CohereConfig(**SIZE, logit_scale=3.0),
+    "logits_scaling": GraniteConfig(**SIZE, logits_scaling=0.2),
+    "lm_head_multiplier": FalconH1Config(
+        **SIZE, lm_head_multiplier=3.0, num_key_value_heads=1, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8
+    ),
+}
+
+
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="before TRL 1.15 there is no fused head to leave the loss to")
+@pytest.mark.parametrize("name", CHANGED)
+def test_trls_head_changes_logits_as_the_model_does(tmp_path, name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CHANGED[name])
+    model.get_output_embeddings().weight.data.mul_(30)  # so that what is done to logits shows
+    assert logit_changes(model.config) == {name}
+    assert name in FUSED_HEAD_KNOWS
     trainer, _ = step(tmp_path, model=model, learning_rate=0.0)
-    nll, hits = {True: [], False: []}, []
-    for row in trainer.train_dataset:
-        logits = model(torch.tensor([row["input_ids"]])).logits[0].detach()
-        for place, label in enumerate(row["labels"]):
-            if place and label != -100:
-                is_rto = bool(row["rto_mask"] and row["rto_mask"][place])
-                nll[is_rto].append(-logits[place - 1].log_softmax(dim=-1)[label].item())
-                hits.append(logits[place - 1].argmax() == label)
-    for name, expected in (("mle_loss", nll[False]), ("rto_loss", nll[True]), ("mean_token_accuracy", hits)):
-        if name != "mean_token_accuracy" or HAS_FUSED_LM_HEAD:
-            assert logged(trainer, name)[0] == pytest.approx(sum(map(float, expected)) / len(expected), rel=1e-4), name
+    assert (trainer._scores_in_head, trainer._needs_logits) == (False, False)
+    check_losses_are_those_of_logits(trainer)
 
 
 def test_evaluation_and_checkpointing(tmp_path):
@@ -182,14 +211,10 @@ def test_predictions_are_refused(tmp_path):
 
 
 def test_virtual_tokens_are_trained_in_rows(tmp_path):
-    losses = {}
-    for name, virtual in (("without", None), ("with", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))):
-        model = tiny_llama(len(byte_level_bpe()))
-        model = model if virtual is None else get_peft_model(model, virtual)
-        losses[name], _ = step(tmp_path / name, model=model, num_prefixes=1)
-    for name in ("mle_tokens", "rto_tokens"):
-        assert logged(losses["with"], name) == logged(losses["without"], name)
-    assert logged(losses["with"], "rto_loss")[0] == pytest.approx(logged(losses["without"], "rto_loss")[0], rel=0.05)
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(tiny_llama(len(byte_level_bpe())), virtual)
+    model.prompt_encoder.default.embedding.weight.data.mul_(30)  # so that they matter
+    check_losses_are_those_of_logits(step(tmp_path, model=model, learning_rate=0.0)[0])
 
 
 def test_metrics_of_logits_are_refused(tmp_path):

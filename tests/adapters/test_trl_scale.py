@@ -76,16 +76,16 @@ def texts(rows):
 def test_two_ranks_share_a_stream_out(files, monkeypatch):
     """As `accelerate` does it for TRL: each record is tokenised by one rank, and drawn for as by one process."""
     monkeypatch.setattr(RecordTokenizer, "triple", RecordTokenizer.triple)  # the worker replaces it
-    see_the_stream(str(files), "*", "by_host")
+    see_the_stream(str(files))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    worker = [str(ROOT / "tests" / "adapters" / "trl_stream_worker.py"), str(files), "*", "by_host"]
+    worker = [str(ROOT / "tests" / "adapters" / "trl_stream_worker.py"), str(files)]
     ranked = subprocess.run(
         [*command, "--rdzv_endpoint=localhost:0", *worker], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ranked.returncode == 0, ranked.stderr[-3000:]
     names = ("1-0", "2-0", "2-1")
-    alone, *ranks = [json.loads((files / f"seen-by_host-{name}.json").read_text()) for name in names]
+    alone, *ranks = [json.loads((files / f"seen-{name}.json").read_text()) for name in names]
     tokenized = [set(seen["tokenized"]) for seen in (alone, *ranks)]
     assert len(tokenized[0]) == 12
     assert not tokenized[1] & tokenized[2]

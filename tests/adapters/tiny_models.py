@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from statistics import mean
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -42,6 +43,8 @@ FAMILIES = {
     "gemma2": Gemma2Config(**SIZE, **BOTH),
 }
 
+WAYS = {family: ["dense"] if family == "gemma2" else ["segments", "dense"] for family in FAMILIES}
+
 
 def tiny_model(family: str, *, attention: str = "eager", seed: int = 0):
     """A random float64 model in training mode, whose logits depend on their context."""
@@ -50,6 +53,20 @@ def tiny_model(family: str, *, attention: str = "eager", seed: int = 0):
     for parameter in model.parameters():  # the initial weights are so small that attention hardly matters
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
     return model.train()
+
+
+def losses_of_logits(model, rows) -> dict[str, float]:
+    """What DeRTa logs of rows, from the logits of each alone; virtual tokens may stand before those of a row."""
+    nll, hits = {True: [], False: []}, []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, -len(row["labels"]) :]
+        for place, label in enumerate(row["labels"]):
+            if place and label != -100:
+                is_rto = bool(row["rto_mask"] and row["rto_mask"][place])
+                nll[is_rto].append(-logits[place - 1].log_softmax(dim=-1)[label].item())
+                hits.append(logits[place - 1].argmax().item() == label)
+    return {"mle_loss": mean(nll[False]), "rto_loss": mean(nll[True]), "mean_token_accuracy": mean(hits)}
 
 
 def plain_flex_attention(monkeypatch) -> None:

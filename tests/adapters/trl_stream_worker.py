@@ -6,7 +6,6 @@ import sys
 
 import torch
 from datasets import load_dataset
-from datasets.distributed import split_dataset_by_node
 
 from derta_plugins.core.chat import RecordTokenizer
 from tests.adapters.trl_runs import make_trainer
@@ -21,15 +20,13 @@ def unpadded(batch: dict[str, torch.Tensor]) -> list[list[list[int]]]:
     ]
 
 
-def main(folder: str, safety_shards: str, split: str) -> None:
+def main(folder: str) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    files = {"train_dataset": f"{folder}/helpful-*.jsonl", "safety_dataset": f"{folder}/triples-{safety_shards}.jsonl"}
+    files = {"train_dataset": f"{folder}/helpful-*.jsonl", "safety_dataset": f"{folder}/triples-*.jsonl"}
     streams = {
         name: load_dataset("json", data_files=pattern, split="train", streaming=True, cache_dir=f"{folder}/{rank}")
         for name, pattern in files.items()
     }
-    if split == "by_user":
-        streams = {name: split_dataset_by_node(one, rank, world_size) for name, one in streams.items()}
     options = {"per_device_train_batch_size": 2, "max_steps": 2, "ddp_backend": "gloo" if world_size > 1 else None}
     trainer = make_trainer(f"{folder}/output", trainer_options=streams, shuffle_dataset=False, **options)
     trainer.train()
@@ -37,7 +34,7 @@ def main(folder: str, safety_shards: str, split: str) -> None:
     tokenized, tokenize = [], RecordTokenizer.triple
     RecordTokenizer.triple = lambda self, triple: tokenized.append(triple.rejected) or tokenize(self, triple)
     rows = [row for batch in trainer.get_train_dataloader() for row in unpadded(batch)]
-    with open(f"{folder}/seen-{split}-{world_size}-{rank}.json", "w", encoding="utf-8") as file:
+    with open(f"{folder}/seen-{world_size}-{rank}.json", "w", encoding="utf-8") as file:
         json.dump({"tokenized": tokenized, "rows": rows}, file)
     if world_size > 1:
         # a rank that ends while the other still talks to it is aborted now and then
@@ -46,4 +43,4 @@ def main(folder: str, safety_shards: str, split: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

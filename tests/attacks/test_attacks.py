@@ -85,7 +85,7 @@ def test_any_request_decodes_back(request_):
 
 def test_no_request_is_no_code():
     assert decode("my_stack = deque()") == ""
-    with pytest.raises(ValueError, match="no word to push"):
+    with pytest.raises(ValueError, match="a code attack needs its words"):
         encode(" ")
 
 

@@ -32,7 +32,7 @@ def draw(steps: dict[tuple[str, str, str], dict[str, tuple[float, float]]]) -> F
     """A panel for time and one for memory; a group of bars for each setting, longer is better."""
     figure = Figure(figsize=(9, 1 + 0.42 * len(steps)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, (place, title) in enumerate(PANELS.items()):
+    for panel, (title, label) in enumerate(PANELS.items()):
         axes = panels[panel]
         for number, (variant, color) in enumerate(COLORS.items()):
             rows = [row + 0.27 * (number - 1) for row in range(len(steps))]
@@ -40,8 +40,8 @@ def draw(steps: dict[tuple[str, str, str], dict[str, tuple[float, float]]]) -> F
             bars = axes.barh(rows, values, height=0.25, color=color, label=variant)
             axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=6, padding=2)
         axes.axvline(1, color="#1f2328", linewidth=0.8)
-        axes.set_title(place, loc="left", fontsize=10)
-        axes.set_xlabel(title, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(label, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(steps)), [f"{v}, {lengths}, m = {m}" for v, lengths, m in steps], fontsize=8)
     panels[0].set_ylim(len(steps) - 0.5, -0.5)
@@ -49,7 +49,11 @@ def draw(steps: dict[tuple[str, str, str], dict[str, tuple[float, float]]]) -> F
     return figure
 
 
-if __name__ == "__main__":
+def main(path: Path = HERE / "RESULTS.svg") -> None:
+    """Text stays text, and the same tables give the same file."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "RESULTS"}):
-        figure = draw(steps_of((HERE / "RESULTS.md").read_text(encoding="utf-8")))
-        figure.savefig(HERE / "RESULTS.svg", metadata={"Date": None})
+        draw(steps_of((HERE / "RESULTS.md").read_text(encoding="utf-8"))).savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

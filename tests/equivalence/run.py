@@ -36,7 +36,7 @@ class Way:
 
     @property
     def batch(self) -> int:
-        """Rows of a micro-batch."""
+        """Sequences of a micro-batch."""
         return ROWS_PER_STEP // (self.processes * self.accumulation)
 
 
